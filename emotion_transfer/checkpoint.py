@@ -1,0 +1,160 @@
+"""Checkpoints that survive: written whole or not at all, verified before use."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+# %% [markdown]
+# ### Files that are whole or absent
+#
+# A program can be killed between any two instructions, a disk can fill up in the middle of a file,
+# and a machine can lose power with data still in its write cache. The order of operations below
+# survives all three: write to a temporary file, force it to disk, give it its final name (which
+# happens entirely or not at all), force the folder's entry to disk.
+
+
+# %%
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that appears as `path` only when complete and on disk.
+
+    Raises:
+        OSError: if the disk is full, say; a previous `path` is then still as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk, where the system lets one open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# %% [markdown]
+# A checkpoint's name holds its position and the beginning of the SHA-256 of its bytes, as in the
+# names of torchvision's weights: `epoch003-step000120-1f2e3d4c5b6a7988.pt`. A file that was cut
+# short or whose bits flipped no longer matches its own name.
+#
+# It holds tensors and plain numbers, texts, lists and dictionaries only, so it can be read with
+# `weights_only=True`, which runs no code from the file.
+
+# %%
+CHECKPOINT_NAME = re.compile(r"epoch(\d+)-step(\d+)-([0-9a-f]{16})\.pt")
+BEST_NAME = re.compile(r"best-epoch(\d+)-([0-9a-f]{16})\.pt")
+
+
+def save_with_digest(folder: Path, stem: str, payload: dict[str, Any]) -> Path:
+    """Write `payload` as ``<stem>-<digest>.pt`` into `folder`; raises ``OSError`` if it cannot."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"{stem}-{digest}.pt"
+    write_atomically(path, lambda file: file.write(content))
+    return path
+
+
+def load_verified(path: Path) -> dict[str, Any]:
+    """Read a file of ``save_with_digest`` to the CPU.
+
+    Raises:
+        CheckpointError: if its bytes do not match its name, or it holds anything but tensors and
+            plain values.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest()[:16] != path.stem[-16:]:
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        payload: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
+    except Exception as error:  # a hostile pickle may raise anything
+        raise CheckpointError(f"{path} holds more than tensors and plain values") from error
+    return payload
+
+
+# %% [markdown]
+# A run keeps its last few checkpoints and its best model. If the newest is damaged, it is named
+# and the one before it is used: some minutes are trained again, with the same result.
+
+
+# %%
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest position first."""
+    found = [(m, p) for p in folder.glob("epoch*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
+    found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)
+    return [path for _, path in found]
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest sound checkpoint in `folder`, or None where there is none at all.
+
+    Raises:
+        CheckpointError: if there are checkpoints and every one is damaged.
+    """
+    damaged: list[Path] = []
+    for path in list_checkpoints(folder):
+        try:
+            payload = load_verified(path)
+            if payload["best_file"]:
+                load_verified(folder / payload["best_file"])
+        except CheckpointError as error:
+            print(f"{error}; trying the checkpoint before it")
+            damaged.append(path)
+            continue
+        for bad in damaged:  # out of the way, so that it counts as one of the last no more
+            bad.rename(bad.with_suffix(".damaged"))
+        return payload
+    if damaged:
+        raise CheckpointError(
+            f"all {len(damaged)} checkpoints in {folder} are damaged; delete it to start anew"
+        )
+    return None
+
+
+# %%
+def save_checkpoint(folder: Path, payload: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint for the position in `payload`, then remove what it makes superfluous."""
+    stem = f"epoch{payload['epoch']:03d}-step{payload['step']:06d}"
+    path = save_with_digest(folder, stem, payload)
+    for old in list_checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    for old in superfluous_bests(folder, payload["best_file"], keep):
+        old.unlink(missing_ok=True)
+    return path
+
+
+def superfluous_bests(folder: Path, current: str | None, keep: int) -> list[Path]:
+    """Best models that none of the last `keep` checkpoints refers to.
+
+    One epoch makes one best model at most, so the last `keep` of them are enough.
+    """
+    found = {p: int(m[1]) for p in folder.glob("best-*.pt") if (m := BEST_NAME.fullmatch(p.name))}
+    ranked = sorted(found, key=lambda p: (p.name == current, found[p]), reverse=True)
+    return ranked[keep:]

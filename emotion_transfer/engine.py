@@ -1,0 +1,896 @@
+"""The training engine: a step, an epoch, an evaluation, and `fit` that survives being killed."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import psutil
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from emotion_transfer.augment import (
+    AUGMENT_DRAWS,
+    apply_augmentation,
+    draw_augmentation,
+    prepare_images,
+)
+from emotion_transfer.checkpoint import (
+    CheckpointError,
+    load_newest,
+    load_verified,
+    save_checkpoint,
+    save_with_digest,
+    write_atomically,
+)
+from emotion_transfer.config import NEUTRAL_FIELDS, ConfigError, EnhancedConfig
+from emotion_transfer.loader import (
+    Batch,
+    EmotionDataset,
+    batch_slices,
+    fetch_ahead,
+    make_loader,
+    steps_per_epoch,
+    training_order,
+)
+from emotion_transfer.losses import SoftTargetLoss, class_weights
+from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
+from emotion_transfer.model import (
+    EmotionClassifier,
+    batch_norms,
+    make_optimizer,
+    set_training_mode,
+    thaw_level,
+)
+from emotion_transfer.schedule import set_learning_rates
+from emotion_transfer.seeding import draw_uniforms, set_deterministic, step_seed
+
+# %% [markdown]
+# ### The device and its precision
+#
+# Modern GPUs multiply 16-bit numbers several times faster than 32-bit ones. Automatic mixed
+# precision uses them where that is safe: bfloat16 where the device has it, else float16, whose
+# small range needs its gradients scaled up. On a CPU we do not believe but measure: one training
+# step in each precision, and bfloat16 only where it is clearly faster. The choice is made once per
+# run and kept in its checkpoints.
+
+# %%
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(cfg: EnhancedConfig) -> torch.device:
+    """The device named by ``DEVICE``, or the best there is.
+
+    Raises:
+        ConfigError: for a device that this machine does not have.
+    """
+    if cfg.DEVICE != "auto":
+        try:
+            device = torch.device(cfg.DEVICE)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f'DEVICE={cfg.DEVICE!r}: {reason}; use "auto" or "cpu"') from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# %%
+def choose_amp(cfg: EnhancedConfig, model: nn.Module, device: torch.device) -> str:
+    """One of "off", "bf16", "fp16" for this model on this device."""
+    if cfg.AMP != "auto":
+        return cfg.AMP
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    if device.type == "cpu" and not cfg.DETERMINISTIC:
+        images = torch.rand(min(cfg.BATCH_SIZE, 16), 3, cfg.IMG_SIZE, cfg.IMG_SIZE)
+        images = images.contiguous(memory_format=torch.channels_last)
+        full, half = (time_forward_backward(model, images, amp) for amp in ("off", "bf16"))
+        return "bf16" if full > 1.3 * half else "off"
+    return "off"
+
+
+def time_forward_backward(model: nn.Module, images: Tensor, amp: str, repeats: int = 3) -> float:
+    """Median seconds of a forward and backward pass in the given precision; changes no state."""
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with precision(images.device, amp):
+            loss = model(images).float().square().mean()
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        seconds.append(time.perf_counter() - start)
+    for module, mode in was_training:
+        module.training = mode
+    return float(np.median(seconds[1:]))  # the first one pays for set-up
+
+
+# %%
+def precision(device: torch.device, amp: str) -> torch.autocast:
+    """The autocast context for a precision; does nothing for "off"."""
+    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None)
+
+
+# %% [markdown]
+# ### Averaging the weights
+#
+# The weights jitter from step to step around something better than each of them. An exponential
+# moving average (EMA) follows at a distance and usually generalises a little better; it is
+# evaluated beside the raw weights in every epoch, and the better of the two is kept. Early on the
+# average is short, or it would remember the random start: its decay grows as (1 + n) / (10 + n)
+# with the number of steps n until it reaches `EMA_DECAY`.
+
+
+# %%
+def ema_decay(cfg: EnhancedConfig, updates: int) -> float:
+    """The decay of the weight average at its `updates`-th step."""
+    return min(cfg.EMA_DECAY, (1 + updates) / (10 + updates))
+
+
+def make_ema(model: EmotionClassifier, share: Tensor) -> AveragedModel:
+    """An averaged copy of `model` that moves by `share` (a tensor of one number) at every update."""
+
+    def move(averaged: Any, current: Any, _: Any) -> None:
+        if averaged[0].is_floating_point():
+            step = torch._foreach_sub(current, averaged)
+            torch._foreach_mul_(step, share.to(averaged[0].dtype))
+            torch._foreach_add_(averaged, step)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(model, multi_avg_fn=move, use_buffers=True)
+
+
+# %% [markdown]
+# ### Everything a run carries
+#
+# `Trainer` holds what lives on the device; `Progress` holds the plain facts of where the run is.
+# Together they are what a checkpoint stores.
+
+
+# %%
+@dataclass
+class Progress:
+    """Where a run is: plain values only, so that it can be stored as it is."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch; the number of steps done
+    best_score: float = -math.inf
+    best_epoch: int = -1
+    best_source: str = "raw"  # or "ema"
+    best_file: str | None = None
+    waiting: int = 0  # epochs without a better score since everything trains
+    bad_streak: int = 0  # non-finite steps in a row
+    seconds: float = 0.0  # training time so far
+    epoch_seconds: float = 0.0
+    finished: str = ""  # why the run ended, once it has
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Trainer:
+    """The moving parts of one run on one device."""
+
+    cfg: EnhancedConfig
+    model: EmotionClassifier
+    network: Callable[[Tensor], Tensor]  # the model, or its compiled form
+    ema: AveragedModel | None
+    ema_share: Tensor
+    optimizer: torch.optim.AdamW
+    scaler: GradScaler
+    loss: SoftTargetLoss
+    device: torch.device
+    amp: str
+    meter: Tensor  # sums over the epoch: loss, right answers, images, skipped steps
+    finite: Tensor  # for each of the last LOG_EVERY steps, whether it was finite
+    guarded: list[Tensor] = field(default_factory=list)  # BatchNorm statistics that train
+    expected: int = 0  # tensors that must get a gradient, checked after a thaw
+
+
+# %%
+def make_trainer(
+    cfg: EnhancedConfig, model: EmotionClassifier, train: EmotionDataset, amp: str | None = None
+) -> Trainer:
+    """Move `model` to the device and put optimiser, loss, scaler and weight average around it."""
+    device = choose_device(cfg)
+    model.to(device)
+    amp = amp or choose_amp(cfg, model, device)
+    classes = len(train.classes)
+    weight = torch.ones(classes)
+    if cfg.BALANCE == "weights":
+        weight = class_weights(train.split.labels, classes)
+    share = torch.zeros((), device=device)
+    # One path for all precisions: a scale of 1 changes nothing but still detects what is not finite.
+    scaler = (
+        GradScaler(device.type)
+        if amp == "fp16"
+        else GradScaler(device.type, 1.0, growth_interval=2**31 - 1)
+    )
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    return Trainer(
+        cfg, model, model, make_ema(model, share) if cfg.EMA_DECAY else None, share,
+        make_optimizer(cfg, model), scaler, SoftTargetLoss(weight, cfg.LABEL_SMOOTHING).to(device),
+        device, amp, torch.zeros(4, dtype=exact, device=device),
+        torch.ones(cfg.LOG_EVERY, dtype=torch.bool, device=device),
+    )  # fmt: skip
+
+
+# %% [markdown]
+# ### One training step
+#
+# First the batch is augmented and mixed on the device. What to do to each image was drawn from the
+# seed and the image's position in the epoch, so nothing random has to be remembered.
+
+
+# %%
+def augment_batch(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    """Augmented, mixed, normalised images [B, 3, H, W] and their soft targets [B, C]."""
+    cfg, spec, first = trainer.cfg, trainer.model.spec, step * trainer.cfg.BATCH_SIZE
+    count = len(batch.labels)
+    draws = draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS)
+    plan = draw_augmentation(cfg, draws)
+    images = apply_augmentation(batch.images, plan, cfg.IMG_SIZE, spec.mean, spec.std)
+    targets = F.one_hot(batch.labels, len(trainer.loss.weight)).to(images.dtype)
+    if mixing_active(cfg, epoch):
+        mixing = draw_mixing(cfg, epoch, first, count)
+        images, targets = mix_images(images, mixing), mix_targets(targets, mixing)
+    return images, targets
+
+
+# %% [markdown]
+# Then the usual order, which matters: unscale the gradients, clip their norm, step, update the
+# scale. A batch whose gradients are not finite moves nothing: not the weights, not the optimiser,
+# not the average, not the statistics of BatchNorm. The step never waits for the device; what went
+# wrong is counted there and read every `LOG_EVERY` steps.
+
+
+# %%
+def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int) -> None:
+    """One optimisation step on one batch, at position (`epoch`, `step`) of `steps`."""
+    cfg, optimizer = trainer.cfg, trainer.optimizer
+    torch.manual_seed(step_seed(cfg.SEED, epoch, step))  # for dropout
+    set_learning_rates(cfg, optimizer, epoch, step, steps)
+    images, targets = augment_batch(trainer, batch, epoch, step)
+    before = [statistic.clone() for statistic in trainer.guarded]
+    optimizer.zero_grad(set_to_none=True)
+    losses, right = backward(trainer, images, targets)
+    trainer.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), cfg.GRAD_CLIP)
+    finite = torch.isfinite(norm)
+    trainer.scaler.step(optimizer)
+    trainer.scaler.update()
+    for statistic, old in zip(trainer.guarded, before, strict=True):
+        statistic.copy_(torch.where(finite, statistic, old))
+    if trainer.ema is not None:
+        decay = ema_decay(cfg, epoch * steps + step)
+        trainer.ema_share.copy_((1 - decay) * finite)
+        trainer.ema.update_parameters(trainer.model)
+    done = torch.stack(
+        [losses, right, torch.full_like(losses, len(images)), torch.zeros_like(losses)]
+    )
+    skipped = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=done.dtype).to(done.device)
+    trainer.meter += torch.where(finite, done, skipped)
+    trainer.finite[step % cfg.LOG_EVERY] = finite
+
+
+# %% [markdown]
+# Where the memory is too small for a batch, `ACCUMULATE` splits it: the gradients of the parts add
+# up to those of the whole, and the learning rate still sees one step.
+
+
+# %%
+def backward(trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill the gradients for a batch; returns its summed loss and its number of right answers.
+
+    Raises:
+        MemoryError: when the device runs out of memory, with the setting to change.
+    """
+    cfg, meter = trainer.cfg, trainer.meter
+    losses, right = torch.zeros_like(meter[0]), torch.zeros_like(meter[0])
+    try:
+        for part, wanted in zip(
+            images.chunk(cfg.ACCUMULATE), targets.chunk(cfg.ACCUMULATE), strict=True
+        ):
+            with precision(trainer.device, trainer.amp):
+                scores = trainer.network(part)
+                loss = trainer.loss(scores, wanted)
+            trainer.scaler.scale(loss / cfg.ACCUMULATE).backward()
+            losses += loss.detach() * len(part)
+            right += (scores.detach().argmax(1) == wanted.argmax(1)).sum()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"the device ran out of memory at BATCH_SIZE={cfg.BATCH_SIZE}, ACCUMULATE="
+            f"{cfg.ACCUMULATE}, IMG_SIZE={cfg.IMG_SIZE}. Set ACCUMULATE={2 * cfg.ACCUMULATE} (the "
+            f"same training in smaller parts) or BATCH_SIZE={max(2, cfg.BATCH_SIZE // 2)}"
+        ) from error
+    return losses, right
+
+
+# %% [markdown]
+# ### Evaluation
+#
+# Evaluation uses the centre crop, no augmentation and the uncompiled network, and counts every
+# image exactly once.
+
+
+# %%
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a split: `labels` int64 [N], `probabilities` float64 [N, C]."""
+
+    labels: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+    loss: float  # mean unweighted cross-entropy
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """The most probable class of every image, int64 [N]."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.predicted == self.labels).mean())
+
+    @property
+    def macro_f1(self) -> float:
+        classes = range(self.probabilities.shape[1])
+        score = f1_score(
+            self.labels, self.predicted, labels=classes, average="macro", zero_division=0
+        )
+        return float(score)
+
+
+# %%
+@torch.no_grad()
+def predict(
+    cfg: EnhancedConfig,
+    model: nn.Module,
+    dataset: EmotionDataset,
+    *,
+    amp: str = "off",
+    positions: npt.NDArray[np.int64] | None = None,
+    progress: str = "",
+) -> Predictions:
+    """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar."""
+    parameter = next(model.parameters())
+    spec = model.spec if isinstance(model, EmotionClassifier) else model.module.spec
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    order = np.arange(len(dataset)) if positions is None else positions
+    batches = batch_slices(order, cfg.BATCH_SIZE)[: 2 if cfg.DEBUG else None]
+    loader = make_loader(dataset, batches, pin=parameter.device.type == "cuda")
+    labels, scores = [], []
+    bar = tqdm(total=len(batches), desc=progress, unit="batch", leave=False, disable=not progress)
+    with bar:
+        for batch in fetch_ahead(loader, parameter.device):
+            images = prepare_images(batch.images, cfg.IMG_SIZE, spec.mean, spec.std)
+            with precision(parameter.device, amp):
+                scores.append(model(images).float())
+            labels.append(batch.labels)
+            bar.update()
+    for module, mode in was_training:
+        module.training = mode
+    logits, truth = torch.cat(scores).cpu().double(), torch.cat(labels).cpu()
+    loss = float(F.cross_entropy(logits, truth))
+    return Predictions(truth.numpy(), logits.softmax(1).numpy(), loss)
+
+
+# %% [markdown]
+# The gap between training and validation says whether the network learns or memorises. The loss
+# over augmented, mixed, dropped-out training images cannot tell; so a fixed part of the training
+# images, as many as there are validation images, is evaluated exactly as those are.
+
+
+# %%
+def clean_subset(train: EmotionDataset, validation: EmotionDataset) -> npt.NDArray[np.int64]:
+    """Positions of a fixed, evenly spread part of `train`, as large as `validation` where it can be."""
+    count = min(len(train), len(validation))
+    return np.unique(np.linspace(0, len(train) - 1, count).round().astype(np.int64))
+
+
+def validate_epoch(
+    trainer: Trainer, datasets: Mapping[str, EmotionDataset]
+) -> tuple[dict[str, Any], float, str]:
+    """Evaluate the raw and the averaged weights: figures, the monitored score, and whose it is."""
+    cfg, val = trainer.cfg, datasets["val"]
+    raw = predict(cfg, trainer.model, val, amp=trainer.amp, progress="validating")
+    record = {"val_loss": raw.loss, "val_accuracy": raw.accuracy, "val_macro_f1": raw.macro_f1}
+    score, source, used = monitored(cfg, raw), "raw", raw
+    if trainer.ema is not None:
+        ema = predict(cfg, trainer.ema, val, amp=trainer.amp, progress="validating the average")
+        record |= {"val_ema_loss": ema.loss, "val_ema_accuracy": ema.accuracy}
+        record["val_ema_macro_f1"] = ema.macro_f1
+        if monitored(cfg, ema) > score:
+            score, source, used = monitored(cfg, ema), "ema", ema
+    model = trainer.model if source == "raw" or trainer.ema is None else trainer.ema
+    subset = clean_subset(datasets["train"], val)
+    clean = predict(cfg, model, datasets["train"], amp=trainer.amp, positions=subset)
+    record |= {"train_clean_accuracy": clean.accuracy, "gap": clean.accuracy - used.accuracy}
+    return record, score, source
+
+
+def monitored(cfg: EnhancedConfig, predictions: Predictions) -> float:
+    """The figure named by ``MONITOR``, turned so that larger is better; -inf if not a number."""
+    value: float = getattr(predictions, cfg.MONITOR)
+    value = -value if cfg.MONITOR == "loss" else value
+    return value if math.isfinite(value) else -math.inf
+
+
+# %% [markdown]
+# ### Saving and resuming
+#
+# A checkpoint is the whole state at a position: weights, average, optimiser, scaler, running sums,
+# best score, history, and the settings and classes it belongs to. `resume` refuses to go on with
+# other settings, other classes or other images, and says which.
+
+
+# %%
+def data_fingerprint(dataset: EmotionDataset) -> str:
+    """Sixteen hex digits that change with the files or labels of a split."""
+    digest = hashlib.sha256("\n".join(dataset.split.files).encode())
+    digest.update(dataset.split.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dict[str, Any]:
+    """The whole state as tensors and plain values."""
+    settings = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in dataclasses.asdict(trainer.cfg).items()
+    }
+    return {
+        **dataclasses.asdict(progress),
+        "model": trainer.model.state_dict(),
+        "ema": trainer.ema.state_dict() if trainer.ema is not None else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "meter": trainer.meter,
+        "amp": trainer.amp,
+        "config": settings,
+        "classes": list(train.classes),
+        "data": data_fingerprint(train),
+    }
+
+
+# %%
+def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` naming every setting in which `saved` was another run than `cfg`."""
+    ours = dataclasses.asdict(cfg)
+    theirs = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
+    changed = [
+        f"  {name}: {theirs.get(name)!r} before, {value!r} now"
+        for name, value in ours.items()
+        if name not in NEUTRAL_FIELDS and theirs.get(name) != value
+    ]
+    if list(train.classes) != saved["classes"]:
+        changed.append(f"  classes: {saved['classes']} before, {list(train.classes)} now")
+    if data_fingerprint(train) != saved["data"]:
+        changed.append(f"  the training images or labels in {train.split.csv} have changed")
+    if changed:
+        raise ConfigError(
+            "this run was begun with other settings:\n" + "\n".join(changed) + "\n"
+            "Set them back to resume it, or choose another RUN_NAME to begin a new run (with "
+            "INIT_FROM to start from these weights)"
+        )
+
+
+# %%
+def resume(trainer: Trainer, train: EmotionDataset, saved: Mapping[str, Any]) -> Progress:
+    """Bring `trainer` to the state `saved` and return its progress; raises ``ConfigError``."""
+    refuse_other_run(trainer.cfg, train, saved)
+    trainer.model.load_state_dict(saved["model"])
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(saved["ema"])
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.scaler.load_state_dict(saved["scaler"])
+    trainer.meter.copy_(saved["meter"])
+    return Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
+
+
+# %% [markdown]
+# Pressing *stop* must not tear a step in half. While `fit` runs, the first interrupt only raises a
+# flag; the step in hand is finished, the state saved, and then the run stops.
+
+
+# %%
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or Jupyter's stop button sets; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# %%
+class Saver:
+    """Writes checkpoints of one run: when one is due, and what to do if the disk refuses."""
+
+    def __init__(self, cfg: EnhancedConfig, folder: Path, train: EmotionDataset) -> None:
+        self.cfg, self.folder, self.train = cfg, folder, train
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
+
+    def save(self, trainer: Trainer, progress: Progress) -> None:
+        """Write a checkpoint; raises ``CheckpointError`` if it cannot and that is to stop the run."""
+        try:
+            payload = snapshot(trainer, progress, self.train)
+            save_checkpoint(self.folder, payload, self.cfg.CHECKPOINT_KEEP)
+        except OSError as error:
+            self._complain(error)
+        self.last = time.monotonic()
+
+    def save_best(self, trainer: Trainer, progress: Progress, source: str) -> str | None:
+        """Write the weights of `source` as the best so far and return the file's name."""
+        averaged = trainer.ema.module if source == "ema" and trainer.ema else trainer.model
+        payload = {
+            "model": averaged.state_dict(),
+            "name": trainer.model.name,
+            "classes": list(self.train.classes),
+            "epoch": progress.epoch,
+            "source": source,
+        }
+        try:
+            return save_with_digest(self.folder, f"best-epoch{progress.epoch:03d}", payload).name
+        except OSError as error:
+            self._complain(error)
+            return progress.best_file
+
+    def _complain(self, error: OSError) -> None:
+        free = shutil.disk_usage(self.folder).free / 1e6
+        message = (
+            f"the checkpoint could not be written to {self.folder} ({error}; {free:.0f} MB free); "
+            "the one before it is untouched. Free some space, or set OUTPUT_ROOT to another disk"
+        )
+        if self.cfg.ON_SAVE_ERROR == "stop":
+            raise CheckpointError(message) from error
+        tqdm.write(
+            f"WARNING: {message}. Training goes on (ON_SAVE_ERROR={self.cfg.ON_SAVE_ERROR!r})"
+        )
+
+
+# %% [markdown]
+# ### One epoch
+
+
+# %%
+def begin_epoch(trainer: Trainer, epoch: int) -> None:
+    """Freeze and thaw for `epoch`, and compile again where what trains has changed."""
+    cfg, model = trainer.cfg, trainer.model
+    set_training_mode(cfg, model, epoch)
+    trainer.guarded = [
+        statistic
+        for layer in batch_norms(model)
+        if layer.training
+        for statistic in (layer.running_mean, layer.running_var)
+        if isinstance(statistic, Tensor)
+    ]
+    thawed = epoch == 0 or thaw_level(cfg, epoch) != thaw_level(cfg, epoch - 1)
+    if cfg.COMPILE and (thawed or trainer.network is model):
+        # A graph traced before a thaw would go on training only what it knew.
+        torch._dynamo.reset()
+        trainer.network = torch.compile(model)
+    trainer.expected = sum(p.requires_grad for p in model.parameters())
+
+
+def check_gradients(trainer: Trainer) -> None:
+    """Raise ``RuntimeError`` if a tensor that should train got no gradient in the step just done."""
+    lacking = [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
+    if lacking:
+        raise RuntimeError(
+            f"{len(lacking)} of {trainer.expected} tensors that should train got no gradient, "
+            f"first {lacking[0]}; set COMPILE=False, or upgrade torch to 2.12 or newer"
+        )
+
+
+# %% [markdown]
+# The steps of an epoch that are already done are skipped, not repeated: order and augmentation of
+# the rest do not depend on them.
+
+
+# %%
+def train_epoch(
+    trainer: Trainer,
+    train: EmotionDataset,
+    progress: Progress,
+    saver: Saver,
+    asked: threading.Event,
+) -> None:
+    """Train from `progress.step` to the end of the epoch, saving when it is due.
+
+    Raises:
+        KeyboardInterrupt: after saving, if `asked` was set.
+        FloatingPointError: after too many non-finite steps in a row.
+    """
+    cfg, epoch = trainer.cfg, progress.epoch
+    order = training_order(cfg, train.split.labels, epoch)
+    steps, first = steps_per_epoch(cfg, len(train)), progress.step
+    batches = batch_slices(order, cfg.BATCH_SIZE, first)[: steps - first]
+    loader = make_loader(train, batches, pin=trainer.device.type == "cuda")
+    unread: list[Tensor] = []
+    label = f"epoch {epoch + 1}/{cfg.EPOCHS}"
+    begun, before = time.perf_counter(), progress.epoch_seconds
+    with (
+        tqdm(total=steps, initial=first, desc=label, unit="step", leave=False) as bar,
+        contextlib.closing(fetch_ahead(loader, trainer.device)) as fetched,
+    ):
+        for step, batch in enumerate(fetched, start=first):
+            train_step(trainer, batch, epoch, step, steps)
+            if step == first:
+                check_gradients(trainer)
+            unread.append(batch.index)
+            progress.step = step + 1
+            saving = saver.due() or asked.is_set()
+            if progress.step % cfg.LOG_EVERY == 0 or progress.step == steps or saving:
+                read_device(trainer, train, progress, unread)
+                bar.set_postfix(loss=f"{mean_loss(trainer):.3f}")
+            progress.epoch_seconds = before + time.perf_counter() - begun
+            if saving:
+                saver.save(trainer, progress)
+            bar.update()
+            stop_if_asked(asked)
+
+
+def stop_if_asked(asked: threading.Event) -> None:
+    """Raise ``KeyboardInterrupt`` once the state is saved."""
+    if asked.is_set():
+        raise KeyboardInterrupt("stopped and saved; run this cell again to go on from here")
+
+
+# %% [markdown]
+# Every `LOG_EVERY` steps the device is asked what happened since. A step that was not finite is
+# reported with its images; `MAX_BAD_STEPS` of them in a row end the run, and the last checkpoint
+# stays as it is.
+
+
+# %%
+def mean_loss(trainer: Trainer) -> float:
+    """Mean training loss of the epoch so far."""
+    loss, _, images, _ = trainer.meter.tolist()
+    return loss / max(images, 1)
+
+
+def read_device(
+    trainer: Trainer, train: EmotionDataset, progress: Progress, unread: list[Tensor]
+) -> None:
+    """Report the non-finite steps among those not read yet; raises ``FloatingPointError``."""
+    every, last = trainer.cfg.LOG_EVERY, progress.step
+    flags = trainer.finite.tolist()
+    for step, index in zip(range(last - len(unread), last), unread, strict=True):
+        progress.bad_streak = 0 if flags[step % every] else progress.bad_streak + 1
+        if progress.bad_streak == 0:
+            continue
+        files = [train.split.files[i] for i in index.tolist()]
+        shown = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+        message = (
+            f"epoch {progress.epoch + 1}, step {step + 1}: loss or gradients not finite ({shown})"
+        )
+        if progress.bad_streak >= trainer.cfg.MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"{message}; {progress.bad_streak} such steps in a row. The last good checkpoint is "
+                "kept. Lower LR_HEAD and LR_BACKBONE or GRAD_CLIP in a new run, or set AMP='off'"
+            )
+        tqdm.write(f"WARNING: {message}; the step is skipped")
+    unread.clear()
+
+
+# %% [markdown]
+# ### The whole run
+#
+# `fit` puts it together: resume or begin, and then for each epoch train, validate, remember the
+# best, save, and report one line. A lock on the folder keeps a second process out; it vanishes
+# with the process that holds it, however that ends.
+
+
+# %%
+@dataclass(frozen=True)
+class FitResult:
+    """The outcome of a run; the best weights are in the model that was passed to `fit`."""
+
+    history: pd.DataFrame
+    best_epoch: int  # from 1
+    best_source: str
+    best_score: float
+    amp: str
+    device: str
+    seconds: float
+    images_per_second: float
+    finished: str
+
+
+def fit(
+    cfg: EnhancedConfig,
+    model: EmotionClassifier,
+    datasets: Mapping[str, EmotionDataset],
+    folder: Path,
+) -> FitResult:
+    """Train `model`, or go on with the run in `folder`, and leave the best weights in `model`.
+
+    Raises:
+        ConfigError: if `folder` holds a run with other settings, or another process is using it.
+        CheckpointError: if every checkpoint is damaged, or none can be written.
+        FloatingPointError: if training diverges.
+        KeyboardInterrupt: when stopped, after saving.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    set_deterministic(cfg.DETERMINISTIC)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+            return run_epochs(cfg, model, datasets, folder)
+    except Timeout as error:
+        raise ConfigError(
+            f"another process is training in {folder}; wait for it, or choose another RUN_NAME"
+        ) from error
+
+
+# %%
+def run_epochs(
+    cfg: EnhancedConfig,
+    model: EmotionClassifier,
+    datasets: Mapping[str, EmotionDataset],
+    folder: Path,
+) -> FitResult:
+    """The epoch loop of `fit`, which holds the folder's lock."""
+    train = datasets["train"]
+    saved = load_newest(folder)
+    trainer = make_trainer(cfg, model, train, saved["amp"] if saved else None)
+    progress = resume(trainer, train, saved) if saved else Progress()
+    saver = Saver(cfg, folder, train)
+    report_start(trainer, progress)
+    with deferred_interrupt() as asked, torch.autograd.set_detect_anomaly(cfg.DEBUG):
+        while not progress.finished:
+            begin_epoch(trainer, progress.epoch)
+            train_epoch(trainer, train, progress, saver, asked)
+            end_epoch(trainer, datasets, progress, saver)
+            write_history(folder.parent / "history.csv", progress.history)
+            saver.save(trainer, progress)
+            print(epoch_line(cfg, progress.history[-1]))
+            if not progress.finished:
+                stop_if_asked(asked)
+    return finish(trainer, progress, folder)
+
+
+# %%
+def end_epoch(
+    trainer: Trainer, datasets: Mapping[str, EmotionDataset], progress: Progress, saver: Saver
+) -> None:
+    """Validate, note the best, decide about stopping, and move `progress` to the next epoch."""
+    cfg, seconds = trainer.cfg, progress.epoch_seconds
+    loss, right, images, skipped = trainer.meter.tolist()
+    figures, score, source = validate_epoch(trainer, datasets)
+    rates = {g["name"].split(".")[0]: g["lr"] for g in trainer.optimizer.param_groups}
+    progress.history.append({
+        "epoch": progress.epoch + 1,
+        "train_loss": loss / max(images, 1),
+        "train_accuracy": right / max(images, 1),
+        **figures,
+        "lr_head": rates["head"],
+        "lr_backbone": rates["backbone"],
+        "images_per_second": images / max(seconds, 1e-9),
+        "seconds": seconds,
+        "memory_mb": memory_in_use(trainer.device),
+        "skipped_steps": int(skipped),
+    })  # fmt: skip
+    everything = thaw_level(cfg, progress.epoch) == 2
+    if score > progress.best_score or progress.best_file is None:
+        progress.best_file = saver.save_best(trainer, progress, source)
+        progress.best_score, progress.best_source = score, source
+        progress.best_epoch, progress.waiting = progress.epoch, 0
+    elif everything:
+        progress.waiting += 1
+    progress.seconds += seconds
+    progress.epoch, progress.step, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
+    trainer.meter.zero_()
+    if progress.epoch == cfg.EPOCHS:
+        progress.finished = "all epochs done"
+    elif progress.waiting >= cfg.PATIENCE:
+        progress.finished = f"stopped early: no better {cfg.MONITOR} for {cfg.PATIENCE} epochs"
+
+
+# %%
+def finish(trainer: Trainer, progress: Progress, folder: Path) -> FitResult:
+    """Load the best weights into the model and sum the run up."""
+    if progress.best_file is None:
+        raise CheckpointError(f"no best model could be kept in {folder}; free some disk space")
+    best = load_verified(folder / progress.best_file)
+    trainer.model.load_state_dict(best["model"])
+    trainer.model.eval().requires_grad_(False)
+    history = pd.DataFrame(progress.history)
+    images = (history["images_per_second"] * history["seconds"]).sum()
+    return FitResult(
+        history, progress.best_epoch + 1, progress.best_source, progress.best_score, trainer.amp,
+        device_name(trainer.device), progress.seconds, images / max(progress.seconds, 1e-9),
+        progress.finished,
+    )  # fmt: skip
+
+
+# %% [markdown]
+# What a run tells while it lasts: where it starts, and a line an epoch.
+
+
+# %%
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (
+        f"{device.type} ({torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else device.type
+    )
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak device memory in MB on CUDA, else the memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return float(psutil.Process(os.getpid()).memory_info().rss) / 2**20
+
+
+def report_start(trainer: Trainer, progress: Progress) -> None:
+    """Say what trains where, and at what position."""
+    amp = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[trainer.amp]
+    print(f"{trainer.model.name} on {device_name(trainer.device)} in {amp}")
+    if progress.finished:
+        print(f"this run is complete ({progress.finished}); its best weights are loaded")
+    elif progress.epoch or progress.step:
+        print(f"resuming at epoch {progress.epoch + 1}, step {progress.step + 1}")
+
+
+# %%
+def epoch_line(cfg: EnhancedConfig, row: Mapping[str, Any]) -> str:
+    """One epoch in one line."""
+    ema = ""
+    if "val_ema_macro_f1" in row:
+        ema = f" (ema {row['val_ema_accuracy']:.3f} {row['val_ema_macro_f1']:.3f})"
+    skipped = f" | {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+    return (
+        f"epoch {row['epoch']:>3}/{cfg.EPOCHS} | loss {row['train_loss']:.3f} train "
+        f"{row['val_loss']:.3f} val | val acc {row['val_accuracy']:.3f} F1 "
+        f"{row['val_macro_f1']:.3f}{ema} | gap {row['gap']:+.3f} | lr {row['lr_head']:.1e} "
+        f"{row['lr_backbone']:.1e} | {row['images_per_second']:.0f} img/s | "
+        f"{row['memory_mb']:.0f} MB{skipped}"
+    )
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write the history as CSV, one row an epoch."""
+    text = pd.DataFrame(history).to_csv(index=False)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,31 @@
+"""Where a run keeps what it makes."""
+
+import re
+from pathlib import Path
+
+from emotion_transfer.config import EnhancedConfig, config_hash, config_to_json, resolve_path
+from emotion_transfer.data import EmotionData
+
+# %% [markdown]
+# ### A folder for every run
+#
+# Checkpoints, figures, predictions and the summary of a run lie together in one folder. Its name
+# ends in a hash of the settings: change one that shapes the result and a new run begins beside the
+# old one; run the same settings again and the run is found and resumed.
+
+
+# %%
+def run_name(cfg: EnhancedConfig, data: EmotionData) -> str:
+    """``RUN_NAME``, or data set, model and a hash of the settings."""
+    if cfg.RUN_NAME != "auto":
+        return cfg.RUN_NAME
+    name = "sample" if data.synthetic else data.root.name
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{cfg.MODEL_NAME}-{config_hash(cfg)}")
+
+
+def make_run_folder(cfg: EnhancedConfig, data: EmotionData) -> Path:
+    """Create the run's folder, write the settings into it, and return it."""
+    folder = resolve_path(cfg.OUTPUT_ROOT) / run_name(cfg, data)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config_to_json(cfg) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,58 @@
+"""The learning rate as a pure function of the position in training."""
+
+import math
+
+import pandas as pd
+import torch
+
+from emotion_transfer.config import EnhancedConfig, thaw_epochs
+
+# %% [markdown]
+# ### Warm-up, then cosine annealing with warm restarts
+#
+# The learning rate rises linearly over the first epoch, then falls along half a cosine
+# (Loshchilov and Hutter, 2017). Every thaw starts a new cosine at full height, because newly
+# thawed layers have learning to do, and the last one reaches `MIN_LR` exactly when training ends.
+# It is a function of the position and of nothing else: there is no scheduler object whose state
+# could be lost, rebuilt wrongly or stepped twice.
+
+
+# %%
+def cycle_bounds(cfg: EnhancedConfig) -> list[tuple[int, int]]:
+    """First and last-plus-one epoch of every cosine cycle."""
+    starts = sorted({0, *(t for t in thaw_epochs(cfg) if t < cfg.EPOCHS)})
+    return list(zip(starts, [*starts[1:], cfg.EPOCHS], strict=True))
+
+
+def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps: int) -> float:
+    """The rate for optimisation step `step` (from 0) of `steps` in `epoch` (from 0)."""
+    start, end = next((a, b) for a, b in cycle_bounds(cfg) if a <= epoch < b)
+    warm_up = min(1.0, (epoch * steps + step + 1) / steps)
+    last = max(1, (end - start) * steps - 1)
+    progress = ((epoch - start) * steps + step) / last
+    floor = min(cfg.MIN_LR, base)
+    cosine = floor + (base - floor) * (1 + math.cos(math.pi * progress)) / 2
+    return cosine * warm_up
+
+
+# %%
+def set_learning_rates(
+    cfg: EnhancedConfig, optimizer: torch.optim.Optimizer, epoch: int, step: int, steps: int
+) -> None:
+    """Give every parameter group its rate for this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, group["base_lr"], epoch, step, steps)
+
+
+def schedule_table(cfg: EnhancedConfig, steps: int) -> pd.DataFrame:
+    """The whole schedule: columns epoch (fractional, from 0), lr_head and lr_backbone."""
+    rows = [
+        {
+            "epoch": epoch + step / steps,
+            "lr_head": learning_rate(cfg, cfg.LR_HEAD, epoch, step, steps),
+            "lr_backbone": learning_rate(cfg, cfg.LR_BACKBONE, epoch, step, steps),
+        }
+        for epoch in range(cfg.EPOCHS)
+        for step in range(0, steps, max(1, steps // 20))
+    ]
+    return pd.DataFrame(rows)
