@@ -1,0 +1,141 @@
+"""Stage 3 of 3: training, evaluation, comparison, export and summary.
+
+python complete_notebook.py              replace these cells in the notebook
+python complete_notebook.py --all        build all three stages
+python complete_notebook.py --check      say whether the notebook is what the sources give
+python complete_notebook.py --execute    build, run every cell, keep the result and a web page
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from create_enhanced_notebook import CREATE
+from extend_notebook import EXTEND
+from notebook_builder import (
+    NOTEBOOK,
+    Project,
+    Stage,
+    check,
+    read_notebook,
+    run_stage,
+    stage_parser,
+)
+from notebook_sources import BuildError
+
+COMPLETE = Stage(
+    name="complete",
+    script="complete_notebook.py",
+    sections=("08_training", "09_evaluation", "10_comparison", "11_export", "12_summary"),
+    imports_note="""
+**The last imports**, for measuring what the model has learnt.
+""",
+)
+STAGES = (CREATE, EXTEND, COMPLETE)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; options that only mean something with ``--execute`` need it."""
+    parser = stage_parser(__doc__)
+    parser.add_argument("--all", action="store_true", help="build all three stages, not only this")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare only; exit 1 if they differ")
+    mode.add_argument("--execute", action="store_true", help="build, then run every cell")
+    run = parser.add_argument_group("with --execute")
+    run.add_argument(
+        "--set", nargs="+", action="extend", metavar="NAME=VALUE", help="settings for this run"
+    )
+    run.add_argument(
+        "--timeout", type=int, metavar="SECONDS", help="longest a cell may take (-1: any time)"
+    )
+    run.add_argument("--kernel", help="Jupyter kernel (default: python3, the running interpreter)")
+    run.add_argument("--results", type=Path, metavar="DIR", help="where to put notebook and page")
+    run.add_argument(
+        "--cwd", type=Path, metavar="DIR", help="run here, not in the notebook's folder"
+    )
+    args = parser.parse_args(argv)
+    if not args.execute and any(
+        value is not None for value in (args.set, args.timeout, args.kernel, args.results, args.cwd)
+    ):
+        parser.error("--set, --timeout, --kernel, --results and --cwd go with --execute")
+    return args
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    stages: Sequence[Stage] = STAGES,
+    project: Project | None = None,
+) -> int:
+    """Build, check or run; return the exit status."""
+    args = parse_arguments(argv)
+    if args.check:
+        return report_check(stages, args.output, project)
+    overrides: dict[str, Any] = {}
+    if args.set:
+        try:
+            overrides = parse_overrides(args.set)
+        except ValueError as error:  # a ConfigError
+            print(f"error: --set: {error}", file=sys.stderr)
+            return 1
+    status = run_stage(stages, args.output, project, fresh=args.all)
+    return execute(args, overrides) if args.execute and status == 0 else status
+
+
+def report_check(stages: Sequence[Stage], output: Path, project: Project | None) -> int:
+    """Say whether the committed notebook is current and, if not, what differs and the fix."""
+    try:
+        problem = check(stages, output, project)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if problem is None:
+        print(f"{output}: is what the sources give")
+        return 0
+    option = "" if output == NOTEBOOK else f" --output {output}"
+    print(f"{problem}\n\nTo fix it: python {stages[-1].script} --all{option}", file=sys.stderr)
+    return 1
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` settings as a dictionary that makes a valid configuration.
+
+    Raises:
+        ConfigError: naming what is wrong, before a kernel is started for it.
+    """
+    from emotion_transfer.config import make_config, parse_setting
+
+    overrides = dict(parse_setting(text) for text in settings)
+    make_config(overrides)
+    return overrides
+
+
+def execute(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
+    """Run the notebook at ``args.output`` with `overrides` and keep notebook and page."""
+    from emotion_transfer.config import project_root
+    from notebook_runner import inject_overrides, run_notebook
+
+    cwd = (args.cwd or args.output.parent).resolve()
+    if not cwd.is_dir():
+        print(f"error: --cwd: {cwd} is not a folder", file=sys.stderr)
+        return 1
+    try:
+        notebook = read_notebook(args.output, CREATE)
+        inject_overrides(notebook, overrides)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return run_notebook(
+        notebook,
+        stem=args.output.stem,
+        cwd=cwd,
+        fallback=project_root(cwd) / "outputs",
+        results=args.results,
+        timeout=args.timeout,
+        kernel=args.kernel or "python3",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
