@@ -21,17 +21,12 @@ from tqdm.auto import tqdm
 from emotion_transfer.augment import prepare_images
 from emotion_transfer.checkpoint import write_atomically
 from emotion_transfer.config import NEUTRAL_FIELDS, EnhancedConfig
-from emotion_transfer.engine import (
-    Predictions,
-    choose_device,
-    data_fingerprint,
-    fit,
-    precision,
-    predict,
-)
+from emotion_transfer.engine import data_fingerprint, fit
+from emotion_transfer.evaluation import Predictions, predict
 from emotion_transfer.loader import EmotionDataset, batch_slices, fetch_ahead, make_loader
 from emotion_transfer.metrics import Estimate, PairedTest, evaluate_predictions, paired_test
 from emotion_transfer.model import BACKBONES, build_model, make_backbone
+from emotion_transfer.precision import choose_device, precision
 from emotion_transfer.sample import MIKELS_CLASSES
 
 # %% [markdown]
@@ -198,8 +193,12 @@ def run_baseline(
     begun = time.perf_counter()
     probabilities, note = BASELINE_MAKERS[name](cfg, datasets, folder)
     seconds = time.perf_counter() - begun
-    facts = {"key": key, "probabilities": probabilities, "seconds": seconds, "note": note}
-    write_atomically(file, lambda target: np.savez(target, **facts))
+    write_atomically(
+        file,
+        lambda target: np.savez(
+            target, key=key, probabilities=probabilities, seconds=seconds, note=note
+        ),
+    )
     print(f"{name}: {note}, {seconds:.0f} s")
     return BaselineResult(name, probabilities, seconds, note)
 

@@ -97,7 +97,7 @@ def scan_image(split: Split, position: int, side: int) -> tuple[IndexRow, npt.ND
 
 # %%
 def read_index(file: Path, split: Split) -> pd.DataFrame:
-    """The newest row for each position whose file is still the one in `split`; empty if unreadable."""
+    """The newest row of each position whose file is still that of `split`; empty if unreadable."""
     empty = pd.DataFrame(columns=list(INDEX_COLUMNS))
     if not file.exists():
         return empty
@@ -113,7 +113,9 @@ def read_index(file: Path, split: Split) -> pd.DataFrame:
     table = table[(table["position"] >= 0) & (table["position"] < len(split))]
     table = table.drop_duplicates("position", keep="last")
     names = np.array(split.files, dtype=object)
-    return table[names[table["position"].to_numpy()] == table["file"].to_numpy()]
+    current = names[table["position"].to_numpy()] == table["file"].to_numpy()
+    newest: pd.DataFrame = table.loc[current]
+    return newest
 
 
 def stale_positions(split: Split, index: pd.DataFrame) -> list[int]:
@@ -184,13 +186,13 @@ class ImageStore:
 
 # %%
 def reserve_array(store: ImageStore) -> None:
-    """Create the array file with all its room taken; raises ``DataError`` where there is too little."""
+    """Create the array file with all its room taken; raises ``DataError`` if it lacks room."""
     store.array_file.unlink(missing_ok=True)
     need = int(np.prod(store.shape))
     free = shutil.disk_usage(store.folder).free
     message = (
-        f"the image cache for {store.split.name} needs {need / 1e9:.2f} GB in {store.folder}, where "
-        f"{free / 1e9:.2f} GB are free; set CACHE_DIR to a larger disk, lower CACHE_SIZE "
+        f"the image cache for {store.split.name} needs {need / 1e9:.2f} GB in {store.folder}, "
+        f"where {free / 1e9:.2f} GB are free; set CACHE_DIR to a larger disk, lower CACHE_SIZE "
         f"({store.side}), or set CACHE=False to decode anew in every epoch"
     )
     if need > free:
@@ -369,7 +371,7 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
         reasons = index["reason"].to_numpy()
         kept[name] = np.flatnonzero(reasons == "")
         splits[name] = split.select(kept[name])
-        for i in np.flatnonzero(reasons != ""):
+        for i in np.flatnonzero(reasons != "").tolist():
             report = {"split": name, "row": split.rows[i], "file": split.files[i]}
             bad.append({**report, "reason": reasons[i]})
         usable = index.iloc[kept[name]]
@@ -387,10 +389,10 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
 
 # %%
 def refuse_bad_images(cfg: EnhancedConfig, data: EmotionData, bad: pd.DataFrame) -> None:
-    """Raise ``DataError`` if more than ``MAX_BAD_FRACTION`` of all images, or all of a split, are bad."""
+    """Raise ``DataError`` if all of a split, or more than ``MAX_BAD_FRACTION`` of all, are bad."""
     total = sum(len(split) for split in data.splits.values())
     lines = [
-        f"  {data.splits[b.split].csv} row {b.row}: {b.file}: {b.reason}"
+        f"  {data.splits[str(b.split)].csv} row {b.row}: {b.file}: {b.reason}"
         for b in bad.head(10).itertuples()
     ]
     if len(bad) > 10:
@@ -421,7 +423,7 @@ def refuse_leaks(cfg: EnhancedConfig, data: EmotionData, repeated: pd.DataFrame)
     if repeated.empty or cfg.ALLOW_DUPLICATES:
         return
     first = repeated[repeated["hash"] == repeated["hash"].iloc[0]].drop_duplicates("split")
-    places = [f"{data.splits[r.split].csv} row {r.row} ({r.file})" for r in first.itertuples()]
+    places = [f"{data.splits[str(r.split)].csv} row {r.row} ({r.file})" for r in first.itertuples()]
     raise DataError(
         f"identical images in {' and '.join(places)}; {repeated['hash'].nunique()} images stand in "
         "more than one split. Keep each in one split, or set ALLOW_DUPLICATES=True"

@@ -175,7 +175,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 # %%
 def validate_config(cfg: EnhancedConfig) -> None:
-    """Raise ``ConfigError`` naming every field of `cfg` that is impossible, and what is allowed."""
+    """Raise ``ConfigError`` naming every impossible field of `cfg` and what is allowed."""
     problems = [
         problem for f in dataclasses.fields(cfg) if (problem := _field_problem(cfg, f.name))
     ]
@@ -225,7 +225,7 @@ def _field_problem(cfg: EnhancedConfig, name: str) -> str | None:
 # %%
 def _has_type(value: Any, expected: Any) -> bool:
     """Whether `value` fits the annotation of a config field."""
-    options = getattr(expected, "__args__", None)
+    options: tuple[Any, ...] = getattr(expected, "__args__", ())
     if getattr(expected, "__origin__", None) is tuple:
         if not isinstance(value, tuple):
             return False
@@ -302,20 +302,11 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # %%
 # Fields that cannot change what is learnt, so a run may be resumed with other values.
 NEUTRAL_FIELDS = frozenset(
-    [
-        "RUN_NAME",
-        "OUTPUT_ROOT",
-        "CACHE",
-        "CACHE_DIR",
-        "NUM_WORKERS",
-        "LOG_EVERY",
-        "CHECKPOINT_EVERY",
-        "CHECKPOINT_KEEP",
-        "ON_SAVE_ERROR",
-        "BASELINES",
-        "BOOTSTRAP",
-    ]
-)
+    {
+        "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR", "NUM_WORKERS", "LOG_EVERY", "BASELINES",
+        "BOOTSTRAP", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "ON_SAVE_ERROR",
+    }
+)  # fmt: skip
 
 
 def config_to_json(cfg: EnhancedConfig) -> str:
@@ -324,7 +315,7 @@ def config_to_json(cfg: EnhancedConfig) -> str:
 
 
 def config_from_json(text: str) -> EnhancedConfig:
-    """The inverse of ``config_to_json``; raises ``ConfigError`` for names or values that are off."""
+    """The inverse of ``config_to_json``; raises ``ConfigError`` where a name or value is off."""
     return make_config(json.loads(text))
 
 
@@ -341,7 +332,7 @@ def config_hash(cfg: EnhancedConfig) -> str:
 
 # %%
 def project_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` (default: here) that holds this project, else `start`."""
+    """The nearest folder at or above `start` (default: here) with this project, else `start`."""
     here = (start or Path.cwd()).resolve()
     marker = "create_enhanced_notebook.py"
     return next((folder for folder in (here, *here.parents) if (folder / marker).is_file()), here)

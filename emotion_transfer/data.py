@@ -150,7 +150,7 @@ LABEL_COLUMNS = ("label", "emotion", "class")
 
 
 def read_split_table(csv: Path) -> pd.DataFrame:
-    """The CSV as text with columns `path`, `label` and `row`; raises ``DataError`` where it is bad."""
+    """The CSV as text in columns `path`, `label` and `row`; raises ``DataError`` if it is bad."""
     try:
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError, pd.errors.ParserError) as error:
@@ -218,8 +218,8 @@ def make_split(
             f"{csv} row {row} has the unknown label {label!r} ({len(unknown)} such rows); "
             f"known: {', '.join(classes)}. Correct the row, or add the class to label_map.json"
         )
-    labels = table["label"].map(number).to_numpy(dtype=np.int64)
-    rows = table["row"].to_numpy(dtype=np.int64)
+    labels = np.array([number[label] for label in table["label"]], dtype=np.int64)
+    rows = np.array(table["row"], dtype=np.int64)
     return Split(name, csv, images_root, table["path"].tolist(), labels, rows)
 
 
@@ -231,8 +231,8 @@ def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
             if file in seen:
                 other, j = seen[file]
                 raise DataError(
-                    f"{split.where(i)} is listed already in {other.where(j)}; remove one of the two: "
-                    "an image in two splits is tested on what it was trained on"
+                    f"{split.where(i)} is listed already in {other.where(j)}; remove one of the "
+                    "two: an image in two splits is tested on what it was trained on"
                 )
             seen[file] = (split, i)
 
@@ -297,7 +297,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 # %%
 def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
-    """Decode `data` to the centre square, uint8 [size, size, 3], antialiased, EXIF rotation applied.
+    """Decode `data` to its upright, antialiased centre square, uint8 [size, size, 3].
 
     Raises:
         ImageError: if the bytes are no usable image.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel
@@ -31,7 +31,6 @@ from emotion_transfer.augment import (
     AUGMENT_DRAWS,
     apply_augmentation,
     draw_augmentation,
-    prepare_images,
 )
 from emotion_transfer.checkpoint import (
     CheckpointError,
@@ -41,7 +40,8 @@ from emotion_transfer.checkpoint import (
     save_with_digest,
     write_atomically,
 )
-from emotion_transfer.config import NEUTRAL_FIELDS, ConfigError, EnhancedConfig
+from emotion_transfer.config import NEUTRAL_FIELDS, ConfigError, EnhancedConfig, config_to_json
+from emotion_transfer.evaluation import Predictions, predict
 from emotion_transfer.loader import (
     Batch,
     EmotionDataset,
@@ -60,78 +60,9 @@ from emotion_transfer.model import (
     set_training_mode,
     thaw_level,
 )
+from emotion_transfer.precision import choose_amp, choose_device, precision
 from emotion_transfer.schedule import set_learning_rates
 from emotion_transfer.seeding import draw_uniforms, set_deterministic, step_seed
-
-# %% [markdown]
-# ### The device and its precision
-#
-# Modern GPUs multiply 16-bit numbers several times faster than 32-bit ones. Automatic mixed
-# precision uses them where that is safe: bfloat16 where the device has it, else float16, whose
-# small range needs its gradients scaled up. On a CPU we do not believe but measure: one training
-# step in each precision, and bfloat16 only where it is clearly faster. The choice is made once per
-# run and kept in its checkpoints.
-
-# %%
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_device(cfg: EnhancedConfig) -> torch.device:
-    """The device named by ``DEVICE``, or the best there is.
-
-    Raises:
-        ConfigError: for a device that this machine does not have.
-    """
-    if cfg.DEVICE != "auto":
-        try:
-            device = torch.device(cfg.DEVICE)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f'DEVICE={cfg.DEVICE!r}: {reason}; use "auto" or "cpu"') from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-# %%
-def choose_amp(cfg: EnhancedConfig, model: nn.Module, device: torch.device) -> str:
-    """One of "off", "bf16", "fp16" for this model on this device."""
-    if cfg.AMP != "auto":
-        return cfg.AMP
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if native else "fp16"
-    if device.type == "cpu" and not cfg.DETERMINISTIC:
-        images = torch.rand(min(cfg.BATCH_SIZE, 16), 3, cfg.IMG_SIZE, cfg.IMG_SIZE)
-        images = images.contiguous(memory_format=torch.channels_last)
-        full, half = (time_forward_backward(model, images, amp) for amp in ("off", "bf16"))
-        return "bf16" if full > 1.3 * half else "off"
-    return "off"
-
-
-def time_forward_backward(model: nn.Module, images: Tensor, amp: str, repeats: int = 3) -> float:
-    """Median seconds of a forward and backward pass in the given precision; changes no state."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        with precision(images.device, amp):
-            loss = model(images).float().square().mean()
-        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        seconds.append(time.perf_counter() - start)
-    for module, mode in was_training:
-        module.training = mode
-    return float(np.median(seconds[1:]))  # the first one pays for set-up
-
-
-# %%
-def precision(device: torch.device, amp: str) -> torch.autocast:
-    """The autocast context for a precision; does nothing for "off"."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None)
-
 
 # %% [markdown]
 # ### Averaging the weights
@@ -150,7 +81,7 @@ def ema_decay(cfg: EnhancedConfig, updates: int) -> float:
 
 
 def make_ema(model: EmotionClassifier, share: Tensor) -> AveragedModel:
-    """An averaged copy of `model` that moves by `share` (a tensor of one number) at every update."""
+    """An averaged copy of `model` that moves by `share`, a tensor of one number, at each update."""
 
     def move(averaged: Any, current: Any, _: Any) -> None:
         if averaged[0].is_floating_point():
@@ -222,12 +153,10 @@ def make_trainer(
     if cfg.BALANCE == "weights":
         weight = class_weights(train.split.labels, classes)
     share = torch.zeros((), device=device)
-    # One path for all precisions: a scale of 1 changes nothing but still detects what is not finite.
-    scaler = (
-        GradScaler(device.type)
-        if amp == "fp16"
-        else GradScaler(device.type, 1.0, growth_interval=2**31 - 1)
-    )
+    # One path for all precisions: a scale of 1 changes nothing and still finds what is not finite.
+    scaler = GradScaler(device.type)
+    if amp != "fp16":
+        scaler = GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
     exact = torch.float32 if device.type == "mps" else torch.float64
     return Trainer(
         cfg, model, model, make_ema(model, share) if cfg.EMA_DECAY else None, share,
@@ -287,10 +216,9 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
         decay = ema_decay(cfg, epoch * steps + step)
         trainer.ema_share.copy_((1 - decay) * finite)
         trainer.ema.update_parameters(trainer.model)
-    done = torch.stack(
-        [losses, right, torch.full_like(losses, len(images)), torch.zeros_like(losses)]
-    )
-    skipped = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=done.dtype).to(done.device)
+    zero = torch.zeros_like(losses)
+    done = torch.stack([losses, right, zero + len(images), zero])
+    skipped = torch.stack([zero, zero, zero, zero + 1])
     trainer.meter += torch.where(finite, done, skipped)
     trainer.finite[step % cfg.LOG_EVERY] = finite
 
@@ -329,75 +257,8 @@ def backward(trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 # %% [markdown]
-# ### Evaluation
+# ### Validation
 #
-# Evaluation uses the centre crop, no augmentation and the uncompiled network, and counts every
-# image exactly once.
-
-
-# %%
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of a split: `labels` int64 [N], `probabilities` float64 [N, C]."""
-
-    labels: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float64]
-    loss: float  # mean unweighted cross-entropy
-
-    @property
-    def predicted(self) -> npt.NDArray[np.int64]:
-        """The most probable class of every image, int64 [N]."""
-        return self.probabilities.argmax(1)
-
-    @property
-    def accuracy(self) -> float:
-        return float((self.predicted == self.labels).mean())
-
-    @property
-    def macro_f1(self) -> float:
-        classes = range(self.probabilities.shape[1])
-        score = f1_score(
-            self.labels, self.predicted, labels=classes, average="macro", zero_division=0
-        )
-        return float(score)
-
-
-# %%
-@torch.no_grad()
-def predict(
-    cfg: EnhancedConfig,
-    model: nn.Module,
-    dataset: EmotionDataset,
-    *,
-    amp: str = "off",
-    positions: npt.NDArray[np.int64] | None = None,
-    progress: str = "",
-) -> Predictions:
-    """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar."""
-    parameter = next(model.parameters())
-    spec = model.spec if isinstance(model, EmotionClassifier) else model.module.spec
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    order = np.arange(len(dataset)) if positions is None else positions
-    batches = batch_slices(order, cfg.BATCH_SIZE)[: 2 if cfg.DEBUG else None]
-    loader = make_loader(dataset, batches, pin=parameter.device.type == "cuda")
-    labels, scores = [], []
-    bar = tqdm(total=len(batches), desc=progress, unit="batch", leave=False, disable=not progress)
-    with bar:
-        for batch in fetch_ahead(loader, parameter.device):
-            images = prepare_images(batch.images, cfg.IMG_SIZE, spec.mean, spec.std)
-            with precision(parameter.device, amp):
-                scores.append(model(images).float())
-            labels.append(batch.labels)
-            bar.update()
-    for module, mode in was_training:
-        module.training = mode
-    logits, truth = torch.cat(scores).cpu().double(), torch.cat(labels).cpu()
-    loss = float(F.cross_entropy(logits, truth))
-    return Predictions(truth.numpy(), logits.softmax(1).numpy(), loss)
-
-
-# %% [markdown]
 # The gap between training and validation says whether the network learns or memorises. The loss
 # over augmented, mixed, dropped-out training images cannot tell; so a fixed part of the training
 # images, as many as there are validation images, is evaluated exactly as those are.
@@ -405,9 +266,10 @@ def predict(
 
 # %%
 def clean_subset(train: EmotionDataset, validation: EmotionDataset) -> npt.NDArray[np.int64]:
-    """Positions of a fixed, evenly spread part of `train`, as large as `validation` where it can be."""
+    """Positions of a fixed, even spread over `train`, as many as `validation` has images."""
     count = min(len(train), len(validation))
-    return np.unique(np.linspace(0, len(train) - 1, count).round().astype(np.int64))
+    positions = np.linspace(0, len(train) - 1, count).round()
+    return np.asarray(positions, dtype=np.int64)
 
 
 def validate_epoch(
@@ -456,10 +318,7 @@ def data_fingerprint(dataset: EmotionDataset) -> str:
 
 def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dict[str, Any]:
     """The whole state as tensors and plain values."""
-    settings = {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in dataclasses.asdict(trainer.cfg).items()
-    }
+    settings = json.loads(config_to_json(trainer.cfg))
     return {
         **dataclasses.asdict(progress),
         "model": trainer.model.state_dict(),
@@ -547,7 +406,7 @@ class Saver:
         return time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
 
     def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Write a checkpoint; raises ``CheckpointError`` if it cannot and that is to stop the run."""
+        """Write a checkpoint; raises ``CheckpointError`` on failure if ``ON_SAVE_ERROR="stop"``."""
         try:
             payload = snapshot(trainer, progress, self.train)
             save_checkpoint(self.folder, payload, self.cfg.CHECKPOINT_KEEP)
@@ -579,9 +438,7 @@ class Saver:
         )
         if self.cfg.ON_SAVE_ERROR == "stop":
             raise CheckpointError(message) from error
-        tqdm.write(
-            f"WARNING: {message}. Training goes on (ON_SAVE_ERROR={self.cfg.ON_SAVE_ERROR!r})"
-        )
+        tqdm.write(f"WARNING: {message}. Training goes on, as ON_SAVE_ERROR says")
 
 
 # %% [markdown]
@@ -609,7 +466,7 @@ def begin_epoch(trainer: Trainer, epoch: int) -> None:
 
 
 def check_gradients(trainer: Trainer) -> None:
-    """Raise ``RuntimeError`` if a tensor that should train got no gradient in the step just done."""
+    """Raise ``RuntimeError`` if a tensor that should train got no gradient in this step."""
     lacking = [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
     if lacking:
         raise RuntimeError(
@@ -653,7 +510,7 @@ def train_epoch(
             train_step(trainer, batch, epoch, step, steps)
             if step == first:
                 check_gradients(trainer)
-            unread.append(batch.index)
+            unread.append(batch.positions)
             progress.step = step + 1
             saving = saver.due() or asked.is_set()
             if progress.step % cfg.LOG_EVERY == 0 or progress.step == steps or saving:
@@ -682,7 +539,7 @@ def stop_if_asked(asked: threading.Event) -> None:
 def mean_loss(trainer: Trainer) -> float:
     """Mean training loss of the epoch so far."""
     loss, _, images, _ = trainer.meter.tolist()
-    return loss / max(images, 1)
+    return float(loss / max(images, 1))
 
 
 def read_device(
@@ -702,8 +559,8 @@ def read_device(
         )
         if progress.bad_streak >= trainer.cfg.MAX_BAD_STEPS:
             raise FloatingPointError(
-                f"{message}; {progress.bad_streak} such steps in a row. The last good checkpoint is "
-                "kept. Lower LR_HEAD and LR_BACKBONE or GRAD_CLIP in a new run, or set AMP='off'"
+                f"{message}; {progress.bad_streak} such steps in a row. The last good checkpoint "
+                "is kept. Lower LR_HEAD and LR_BACKBONE or GRAD_CLIP in a new run, or set AMP='off'"
             )
         tqdm.write(f"WARNING: {message}; the step is skipped")
     unread.clear()

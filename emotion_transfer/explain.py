@@ -21,7 +21,7 @@ from emotion_transfer.model import EmotionClassifier
 def grad_cam(
     model: EmotionClassifier, images: Tensor, targets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Heat maps in 0..1, [B, H, W], of normalised images [B, 3, H, W] for the classes `targets` [B].
+    """Heat maps [B, H, W] in 0..1 of normalised images [B, 3, H, W] for the classes `targets` [B].
 
     A map is all zero where nothing in the image speaks for the class.
     """

@@ -2,9 +2,9 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,11 @@ from emotion_transfer.seeding import balanced_order, epoch_order
 
 # %%
 class Batch(NamedTuple):
-    """`images` uint8 [B, 3, S, S], `labels` int64 [B], `index` int64 [B] in the dataset."""
+    """`images` uint8 [B, 3, S, S], `labels` int64 [B], `positions` int64 [B] in the dataset."""
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 class PixelSource(Protocol):
@@ -161,7 +161,7 @@ def make_loader(
     return DataLoader(dataset, batch_sampler=batches, collate_fn=keep_batch, pin_memory=pin)
 
 
-def keep_batch(batch: Batch) -> Batch:
+def keep_batch(batch: Any) -> Any:
     """The collate function of a dataset that already returns whole batches."""
     return batch
 
@@ -172,7 +172,9 @@ def keep_batch(batch: Batch) -> Batch:
 
 
 # %%
-def fetch_ahead(loader: Iterable[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+def fetch_ahead(
+    loader: Iterable[Batch], device: torch.device, depth: int = 2
+) -> Generator[Batch, None, None]:
     """Yield the batches of `loader` on `device`, prepared by a thread `depth` batches ahead.
 
     An exception of the loader is raised here, where its batch was due.
@@ -191,7 +193,7 @@ def fetch_ahead(loader: Iterable[Batch], device: torch.device, depth: int = 2) -
         try:
             for batch in loader:
                 images, labels = (t.to(device, non_blocking=True) for t in batch[:2])
-                put(Batch(images, labels, batch.index))
+                put(Batch(images, labels, batch.positions))
                 if stopped.is_set():
                     return
             put(None)

@@ -43,6 +43,6 @@ class SoftTargetLoss(nn.Module):
 
     def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
         log_p = F.log_softmax(scores.float(), dim=1)
-        # H(q_c, p) for every class c: its own log-probability, and the mean of all for the smoothing
+        # H(q_c, p) for every class c: its own log-probability, and the mean of all for smoothing
         per_class = -(1 - self.smoothing) * log_p - self.smoothing * log_p.mean(1, keepdim=True)
         return (targets * self.weight * per_class).sum(1).mean()

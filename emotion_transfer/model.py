@@ -194,7 +194,7 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
 
 
 def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
-    """`cfg`, or on the synthetic sample a copy with the packaged backbone where weights are lacking.
+    """`cfg`; on the synthetic sample, a copy with the packaged backbone where weights are lacking.
 
     Raises:
         WeightsError: on real data, where the weights of ``MODEL_NAME`` cannot be had.
@@ -221,7 +221,7 @@ def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
 
 # %%
 def make_head(features: int, classes: int, dropout: float, kind: str) -> nn.Sequential:
-    """The classifier on pooled features [B, F]: "progressive" or, for the plain baseline, "linear"."""
+    """The classifier on pooled features [B, F]; `kind` is "progressive" or "linear"."""
     if kind == "linear":
         return nn.Sequential(OrderedDict(output=nn.Linear(features, classes)))
     layers: OrderedDict[str, nn.Module] = OrderedDict()

@@ -12,12 +12,12 @@ from emotion_transfer.export import load_export, predict_files, top_classes
 
 
 def newest_export() -> Path:
-    """The export written last under ``outputs/``; raises ``CheckpointError`` where there is none."""
+    """The export written last under ``outputs/``; raises ``CheckpointError`` if there is none."""
     found = resolve_path("outputs").glob("*/export/model.safetensors")
     files = sorted(found, key=lambda file: file.stat().st_mtime)
     if not files:
         raise CheckpointError(
-            f"no export under {resolve_path('outputs')}; run the notebook first, or name one: --model"
+            f"no export under {resolve_path('outputs')}; run the notebook, or name one: --model"
         )
     return files[-1].parent
 

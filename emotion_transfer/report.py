@@ -8,15 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from emotion_transfer.baselines import Comparison
 from emotion_transfer.checkpoint import write_atomically
 from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.data import EmotionData
-from emotion_transfer.engine import FitResult, Predictions
-from emotion_transfer.loader import EmotionDataset
+from emotion_transfer.engine import FitResult
 from emotion_transfer.metrics import Estimate
 
 # %% [markdown]
@@ -55,7 +53,7 @@ def summarise_run(
     comparison: Comparison,
 ) -> dict[str, Any]:
     """The run's figures, ready for JSON."""
-    best = result.history.set_index("epoch").loc[result.best_epoch]
+    gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
     baselines = {
         name: estimates_to_json(found) | {"paired_test": comparison.tests[name].to_json()}
         for name, found in comparison.metrics.items()
@@ -73,7 +71,7 @@ def summarise_run(
         "finished": result.finished,
         "metrics": {split: estimates_to_json(found) for split, found in metrics.items()},
         "baselines": baselines,
-        "train_val_gap": float(best["gap"]),
+        "train_val_gap": float(gaps[result.best_epoch]),
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,
         "device": result.device,
@@ -100,32 +98,6 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 # %% [markdown]
-# The test predictions go into a CSV, one row an image with the probability of every class, so that
-# any other metric can be computed later without the network.
-
-
-# %%
-def prediction_table(dataset: EmotionDataset, predictions: Predictions) -> pd.DataFrame:
-    """One row an image: path, label, predicted, confidence, and p_<class> for every class."""
-    classes = dataset.classes
-    table = pd.DataFrame({
-        "path": list(dataset.split.files)[: len(predictions.labels)],
-        "label": [classes[i] for i in predictions.labels],
-        "predicted": [classes[i] for i in predictions.predicted],
-        "confidence": predictions.probabilities.max(1),
-    })  # fmt: skip
-    for number, name in enumerate(classes):
-        table[f"p_{name}"] = predictions.probabilities[:, number]
-    return table
-
-
-def write_predictions(path: Path, table: pd.DataFrame) -> None:
-    """Write a table of predictions as CSV."""
-    text = table.to_csv(index=False, float_format="%.6f")
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-# %% [markdown]
 # And for people, the same figures as sentences. They are written from the numbers: a model that
 # failed to beat a baseline reads so.
 
@@ -139,7 +111,8 @@ def describe_difference(name: str, difference: Mapping[str, float]) -> str:
         return f"It is better than the {name} {size}."
     if high < 0:
         return f"It is **worse** than the {name} {size}."
-    return f"It does not differ clearly from the {name}: {value:+.1f} points ({low:+.1f} to {high:+.1f})."
+    interval = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"It does not differ clearly from the {name}: {interval}."
 
 
 def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
