@@ -7,6 +7,7 @@ python complete_notebook.py --execute    build, run every cell, keep the result 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,10 +118,11 @@ def execute(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     from notebook_runner import inject_overrides, run_notebook
 
     cwd = (args.cwd or args.output.parent).resolve()
-    if not cwd.is_dir():
-        print(f"error: --cwd: {cwd} is not a folder", file=sys.stderr)
-        return 1
     try:
+        if not cwd.is_dir():
+            raise BuildError(f"--cwd: {cwd} is not a folder")
+        if args.results:
+            make_writable(args.results)
         notebook = read_notebook(args.output, CREATE)
         inject_overrides(notebook, overrides)
     except BuildError as error:
@@ -135,6 +137,16 @@ def execute(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
         timeout=args.timeout,
         kernel=args.kernel or "python3",
     )
+
+
+def make_writable(folder: Path) -> None:
+    """Make `folder`, or say now, not after hours of training, that it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"--results: {error}") from None
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"--results: {folder} cannot be written to")
 
 
 if __name__ == "__main__":

@@ -486,7 +486,7 @@ def run_stage(
     """Write the last of `stages`, say what was done, and return the exit status."""
     try:
         changed = write_stage(stages, output, project, fresh)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     what = "all stages" if fresh else f"stage {stages[-1].name!r}"
