@@ -195,10 +195,10 @@ def validate_config(cfg: EnhancedConfig) -> None:
         raise ConfigError(
             f"CROP_SCALE={cfg.CROP_SCALE}: give (low, high) with 0 < low <= high <= 1"
         )
-    if cfg.CACHE_SIZE is not None and cfg.CACHE_SIZE < cfg.IMG_SIZE:
+    if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:  # evaluation cuts out IMG_SIZE
         raise ConfigError(
-            f"CACHE_SIZE={cfg.CACHE_SIZE} is smaller than IMG_SIZE={cfg.IMG_SIZE}; "
-            f"give at least {cfg.IMG_SIZE}, or None for {default_cache_size(cfg.IMG_SIZE)}"
+            f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={cfg.IMG_SIZE} and 1.3 times "
+            f"that; None gives {default_cache_size(cfg.IMG_SIZE)}"
         )
 
 

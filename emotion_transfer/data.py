@@ -273,7 +273,7 @@ def read_image_bytes(path: Path) -> bytes:
 
 
 # %%
-def to_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode; transparency is laid over white.
 
     Raises:
@@ -310,7 +310,7 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
             image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size
             upright = ImageOps.exif_transpose(image)
             upright = centre_square(upright, size)
-            return np.asarray(to_rgb(upright))
+            return np.asarray(as_rgb(upright))
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
@@ -320,7 +320,7 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square of `image`, resized to `size` x `size`."""
     if image.mode in ("P", "1", "I") or image.mode.startswith("I;16"):
-        image = to_rgb(image)  # these modes cannot be interpolated
+        image = as_rgb(image)  # these modes cannot be interpolated
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)

@@ -16,11 +16,11 @@ from emotion_transfer.data import EmotionData
 
 # %%
 def run_name(cfg: EnhancedConfig, data: EmotionData) -> str:
-    """``RUN_NAME``, or data set, model and a hash of the settings."""
+    """``RUN_NAME``, or the data set, the model (the sample chooses later) and a hash."""
     if cfg.RUN_NAME != "auto":
         return cfg.RUN_NAME
-    name = "sample" if data.synthetic else data.root.name
-    return re.sub(r"[^\w.-]+", "_", f"{name}-{cfg.MODEL_NAME}-{config_hash(cfg)}")
+    name = "sample" if data.synthetic else f"{data.root.name}-{cfg.MODEL_NAME}"
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{config_hash(cfg)}")
 
 
 def make_run_folder(cfg: EnhancedConfig, data: EmotionData) -> Path:
