@@ -5,6 +5,7 @@ still leaves the notebook as far as it came.
 """
 
 import ast
+import asyncio
 import html
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import zmq
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import run_sync
+from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
@@ -39,6 +40,7 @@ MEMORY_HINT = (
     "CACHE_SIZE."
 )
 BAR = ["HTMLModel", "FloatProgressModel", "HTMLModel"]  # the parts of a tqdm bar
+GRACE = 60.0  # seconds that an interrupted cell has to finish what it is doing
 SLOW_CELL = 1.0  # seconds from which a cell is worth a line
 INTERRUPTED = 130  # the exit status of a command stopped by Ctrl-C
 
@@ -76,12 +78,12 @@ def inject_overrides(notebook: NotebookNode, overrides: Mapping[str, Any]) -> No
     tagged = [i for i, c in enumerate(notebook.cells) if PARAMETERS in c.metadata.get("tags", [])]
     if not tagged:
         raise BuildError(f"no cell is tagged {PARAMETERS!r}, so --set has nowhere to go")
-    values = ", ".join(f"{name!r}: {value!r}" for name, value in overrides.items())
+    values = "".join(f'    "{name}": {value!r},\n' for name, value in overrides.items())
     injected: dict[str, Any] = {
         "id": INJECTED,
         "cell_type": "code",
         "metadata": {"tags": [INJECTED]},
-        "source": f"OVERRIDES = {{**OVERRIDES, {values}}}",
+        "source": f"OVERRIDES = {{\n    **OVERRIDES,\n{values}}}",
         "execution_count": None,
         "outputs": [],
     }
@@ -169,10 +171,24 @@ def _run_cell(client: NotebookClient, cell: NotebookNode, index: int) -> Path | 
     except CellExecutionError as error:
         raise CellFailed(error, ask_run_dir(client)) from None
     except (CellTimeoutError, KeyboardInterrupt):
-        if client.km is not None:  # let the cell itself come to an orderly end, if it can
-            run_sync(client.km.interrupt_kernel)()  # type: ignore[arg-type]
+        print(f"waiting up to {GRACE:.0f} s for the cell to end (Ctrl-C: kill it)", file=sys.stderr)
+        run_sync(_interrupt)(client)
         raise
     return ask_run_dir(client)
+
+
+async def _interrupt(client: NotebookClient) -> None:
+    """Interrupt the cell as Jupyter's stop button does, and let it save what it has."""
+    assert client.km is not None
+    listening = asyncio.all_tasks() - {
+        asyncio.current_task()
+    }  # nbclient's, which end with the cell
+    await ensure_async(client.km.interrupt_kernel())
+    if listening:
+        ended, _ = await asyncio.wait(listening, timeout=GRACE)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # seen, so asyncio need not complain that nobody did
 
 
 def ask_run_dir(client: NotebookClient) -> Path | None:

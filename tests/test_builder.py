@@ -902,6 +902,7 @@ def test_execute_runs_every_cell_here(
     by_id = {cell.id: cell for cell in notebook.cells}
     injected = by_id["injected-parameters"]
     assert injected.metadata.tags == ["injected-parameters"]
+    assert injected.source.startswith('OVERRIDES = {\n    **OVERRIDES,\n    "EPOCHS": 3,\n')
     assert notebook.cells[notebook.cells.index(injected) - 1].metadata.tags == ["parameters"]
     shown = text_of(by_id["data-04"])
     assert "[3, 3] {'EPOCHS': 3, 'CROP_SCALE': [0.5, 1]}" in shown and sys.executable in shown
@@ -941,11 +942,25 @@ def test_memory_that_runs_out_gets_a_hint(tree: Tree, capsys: pytest.CaptureFixt
 def test_a_cell_that_takes_too_long_is_stopped(
     tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree.section("# %%\nimport time\nprint('begun', flush=True)\ntime.sleep(600)\n")
-    assert tree.main("--all", "--execute", "--timeout", 5) == 1
+    for name in SECTIONS:  # none that a busy machine could be slow at
+        tree.section("# %%\nx = 1\n", name)
+    tree.section(
+        """
+        # %%
+        import time
+
+        print("begun")
+        try:
+            time.sleep(600)
+        finally:
+            time.sleep(6)
+            print("tidied")
+        """
+    )
+    assert tree.main("--all", "--execute", "--timeout", 4, "--results", tree.root / "kept") == 1
     error = capsys.readouterr().err
     assert "cell end-03 failed" in error and "did not end in time" in error and "--timeout" in error
-    assert text_of(code_cells(executed(tree))[-1]) == "begun\n"
+    assert text_of(code_cells(executed(tree, "kept"))[-1]).startswith("begun\ntidied\n")
 
 
 def test_a_kernel_that_dies_is_noticed(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -976,6 +991,7 @@ def test_an_interrupted_run_is_kept(tree: Tree) -> None:
         try:
             time.sleep(600)
         except KeyboardInterrupt:
+            time.sleep(6)  # a checkpoint takes its time
             Path("tidied").touch()
             raise
         """
@@ -1001,7 +1017,7 @@ def test_an_interrupted_run_is_kept(tree: Tree) -> None:
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=120)
     assert process.returncode == 130, out + error
-    assert "interrupted in cell end-03" in error
+    assert "interrupted in cell end-03" in error and "never retrieved" not in error
     assert out.splitlines()[-1].endswith("nb_executed.html")
     assert (tree.output.parent / "tidied").exists()
     assert code_cells(executed(tree))[0].execution_count == 1
@@ -1131,8 +1147,8 @@ def test_the_notebook_has_its_rhythm(notebook: nbformat.NotebookNode) -> None:
     assert kinds[0] == "markdown"
     assert statistics.median(lengths) <= 15
     assert max(lengths) <= 65
-    assert kinds.count("markdown") >= 0.75 * len(lengths)
-    assert after_prose >= 2 / 3 * len(lengths)
+    assert kinds.count("markdown") >= 0.7 * len(lengths)
+    assert after_prose >= 0.65 * len(lengths)
 
 
 def test_the_notebook_takes_settings_and_needs_no_package(notebook: nbformat.NotebookNode) -> None:
