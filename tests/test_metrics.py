@@ -1,0 +1,456 @@
+"""The metrics against scikit-learn, SciPy and closed forms; the intervals against a simulation."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.metrics import (
+    POSITIVE_EMOTIONS,
+    Estimate,
+    confusion_metrics,
+    evaluate_predictions,
+    expected_calibration_error,
+    gap_standard_error,
+    gap_verdict,
+    most_confused_pairs,
+    paired_test,
+    per_class_table,
+    reliability_table,
+)
+from emotion_transfer.sample import MIKELS_CLASSES
+
+Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+
+
+def predictions(n: int, classes: int, *, skill: float = 1.5, seed: int = 0) -> Arrays:
+    """Labels of uneven frequency, and probabilities that lean towards them."""
+    rng = np.random.default_rng(seed)
+    frequency = np.arange(1, classes + 1) / np.arange(1, classes + 1).sum()
+    labels = rng.choice(classes, size=n, p=frequency)
+    logits = rng.normal(size=(n, classes))
+    logits[np.arange(n), labels] += skill
+    return labels, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def names(count: int) -> list[str]:
+    return [f"class {i}" for i in range(count)]
+
+
+# --- Estimate ----------------------------------------------------------------------------------
+
+
+def test_estimate_prints_and_serialises() -> None:
+    estimate = Estimate(0.8534, 0.82149, 0.8836)
+    assert str(estimate) == "0.853 [0.821, 0.884]"
+    assert f"{estimate}" == str(estimate)
+    assert f"{estimate:.1%}" == "85.3% [82.1%, 88.4%]"
+    assert json.loads(json.dumps(estimate.to_json())) == {
+        "value": 0.8534,
+        "low": 0.82149,
+        "high": 0.8836,
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        estimate.value = 1.0  # type: ignore[misc]
+
+
+# --- point values ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8, 20])
+def test_values_are_those_of_scikit_learn(classes: int) -> None:
+    labels, p = predictions(500, classes)
+    answers = p.argmax(axis=1)
+    result = evaluate_predictions(labels, p, names(classes), resamples=50)
+    every = range(classes)
+    expected = {
+        "accuracy": sk.accuracy_score(labels, answers),
+        "macro_f1": sk.f1_score(labels, answers, labels=every, average="macro"),
+        "weighted_f1": sk.f1_score(labels, answers, labels=every, average="weighted"),
+        "macro_precision": sk.precision_score(
+            labels, answers, labels=every, average="macro", zero_division=0
+        ),
+        "macro_recall": sk.recall_score(labels, answers, labels=every, average="macro"),
+        "cohen_kappa": sk.cohen_kappa_score(labels, answers),
+        "top2_accuracy": 1.0
+        if classes == 2
+        else sk.top_k_accuracy_score(labels, p, k=2, labels=every),
+    }
+    assert {name: result[name].value for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert set(result) == {*expected, "ece"}
+    confusion = sk.confusion_matrix(labels, answers, labels=every)
+    vectorised = confusion_metrics(confusion)
+    assert {k: float(v) for k, v in vectorised.items()} == pytest.approx(
+        {k: expected[k] for k in vectorised}, abs=1e-12
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_absent_from_the_labels_counts_as_in_scikit_learn() -> None:
+    labels = np.array([0, 0, 1, 1])
+    p = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.2, 0.7, 0.1]])
+    result = evaluate_predictions(labels, p, names(3), resamples=200)
+    f1 = sk.f1_score(labels, p.argmax(1), labels=range(3), average="macro", zero_division=0)
+    assert result["macro_f1"].value == pytest.approx(f1)
+    assert result["macro_recall"].value == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    assert result["macro_f1"].high <= 2 / 3 + 1e-12
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_class_always_answered_has_kappa_zero_and_no_warning() -> None:
+    result = evaluate_predictions([1, 1, 1], np.tile([0.2, 0.8], (3, 1)), names(2), resamples=20)
+    assert result["cohen_kappa"] == Estimate(0.0, 0.0, 0.0)
+    assert result["accuracy"] == Estimate(1.0, 1.0, 1.0)
+
+
+def test_polarity_sums_the_positive_classes() -> None:
+    positive = {"amusement", "awe", "contentment", "excitement"}
+    assert positive == POSITIVE_EMOTIONS
+    assert positive < set(MIKELS_CLASSES)
+    p = np.zeros((3, 8))
+    # Anger is the single most probable, yet the positive classes together weigh more.
+    p[0, [MIKELS_CLASSES.index(c) for c in ("anger", "awe", "amusement")]] = 0.4, 0.3, 0.3
+    p[1, MIKELS_CLASSES.index("sadness")] = 1
+    p[2, MIKELS_CLASSES.index("fear")] = 1
+    labels = [MIKELS_CLASSES.index(c) for c in ("contentment", "disgust", "awe")]
+    result = evaluate_predictions(labels, p, MIKELS_CLASSES, resamples=20)
+    assert result["polarity_accuracy"].value == pytest.approx(2 / 3)
+    order = np.random.default_rng(0).permutation(8)
+    shuffled = [MIKELS_CLASSES[i] for i in order]
+    moved = evaluate_predictions(
+        [shuffled.index(MIKELS_CLASSES[i]) for i in labels], p[:, order], shuffled, resamples=20
+    )
+    assert moved["polarity_accuracy"].value == pytest.approx(2 / 3)
+
+
+def test_top_two_holds_the_answer_even_where_probabilities_tie() -> None:
+    labels = np.array([0, 1, 2, 3])
+    result = evaluate_predictions(labels, np.full((4, 4), 0.25), names(4), resamples=20)
+    assert result["accuracy"].value == 0.25
+    assert result["top2_accuracy"].value == 0.5
+
+
+# --- intervals ---------------------------------------------------------------------------------
+
+
+def macro_f1_of(labels: npt.NDArray[np.int64], answers: npt.NDArray[np.int64]) -> float:
+    cells = np.bincount(4 * labels + answers, minlength=16).reshape(4, 4)
+    return float(confusion_metrics(cells)["macro_f1"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "statistic", "method"),
+    [
+        ("accuracy", lambda y, a, two, p: np.mean(y == a), "percentile"),
+        ("macro_f1", lambda y, a, two, p: macro_f1_of(y, a), "percentile"),
+        ("top2_accuracy", lambda y, a, two, p: np.mean(two), "percentile"),
+        ("ece", None, "basic"),
+    ],
+)
+def test_intervals_are_those_of_scipy(
+    metric: str, statistic: Callable[..., float] | None, method: str
+) -> None:
+    labels, p = predictions(250, 4, skill=2.0)
+    answers = p.argmax(axis=1)
+    two = (np.argsort(-p, axis=1)[:, :2] == labels[:, None]).any(axis=1)
+    confidence = p.max(axis=1)
+
+    def ece(y: object, a: npt.NDArray[np.int64], t: object, row: npt.NDArray[np.int64]) -> float:
+        return guo_error(confidence[row], labels[row] == answers[row])
+
+    data = (labels, answers, two, np.arange(len(labels)))
+    reference = stats.bootstrap(
+        data,
+        statistic or ece,
+        paired=True,
+        vectorized=False,
+        n_resamples=3000,
+        method=method,
+        rng=np.random.default_rng(1),
+    )
+    ours = evaluate_predictions(labels, p, names(4), resamples=6000)[metric]
+    # Standard error of a 2.5 % quantile of 3000 normal draws: about 0.05 standard deviations.
+    tolerance = 0.25 * reference.standard_error
+    low, high = reference.confidence_interval
+    assert ours.low == pytest.approx(low, abs=tolerance)
+    assert ours.high == pytest.approx(high, abs=tolerance)
+
+
+def test_95_percent_intervals_hold_the_truth_about_95_percent_of_the_time() -> None:
+    rng = np.random.default_rng(0)
+    population = np.array([[0.30, 0.05, 0.05], [0.06, 0.22, 0.02], [0.04, 0.06, 0.20]])
+    truth = {k: float(v) for k, v in confusion_metrics(population).items()}
+    runs, inside = 250, dict.fromkeys(truth, 0)
+    for run in range(runs):
+        cell = rng.choice(9, size=400, p=population.ravel())
+        labels, p = cell // 3, np.eye(3)[cell % 3]
+        result = evaluate_predictions(labels, p, names(3), resamples=300, seed=run)
+        for name, value in truth.items():
+            inside[name] += result[name].low <= value <= result[name].high
+    # Three standard errors of a 95 % share in 250 runs are 4 points.
+    assert all(0.90 <= count / runs <= 0.99 for count in inside.values()), inside
+
+
+def test_intervals_repeat_by_seed_and_narrow_with_the_square_root_of_n() -> None:
+    labels, p = predictions(300, 8)
+    first = evaluate_predictions(labels, p, MIKELS_CLASSES, seed=3)
+    assert first == evaluate_predictions(labels, p, MIKELS_CLASSES, seed=3)
+    assert first != evaluate_predictions(labels, p, MIKELS_CLASSES, seed=4)
+    large = evaluate_predictions(np.tile(labels, 16), np.tile(p, (16, 1)), MIKELS_CLASSES)
+    for name in ("accuracy", "macro_f1", "top2_accuracy", "polarity_accuracy", "ece"):
+        assert large[name].value == pytest.approx(first[name].value)
+        width = (first[name].high - first[name].low) / (large[name].high - large[name].low)
+        assert 3 < width < 5.5, name
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_interval_holds_its_value(seed: int) -> None:
+    """Also the calibration error of a calibrated model, where a percentile interval would not."""
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(3, 0.8), size=400)
+    labels = (p.cumsum(axis=1) < rng.random((400, 1))).sum(axis=1)
+    for name, e in evaluate_predictions(labels, p, names(3), resamples=300).items():
+        assert 0 <= e.low <= e.value <= e.high, name
+
+
+def test_many_classes_are_resampled_in_bounded_memory() -> None:
+    labels, p = predictions(300, 150)
+    result = evaluate_predictions(labels, p, names(150), resamples=400)  # more than one chunk
+    assert result["accuracy"].low < result["accuracy"].value < result["accuracy"].high
+
+
+# --- wrong input -------------------------------------------------------------------------------
+
+GOOD = np.array([[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "message"),
+    [
+        ([0, 1], GOOD, r"one row for each of the 2 labels.*\(3, 2\)"),
+        ([], np.empty((0, 2)), "not empty"),
+        ([[0, 1, 1]], GOOD, "one-dimensional"),
+        ([0.0, 1.0, 1.0], GOOD, "integer class indices.*float64"),
+        ([0, 1, 2], GOOD, r"labels\[2\] is 2; a class index here is 0 to 1"),
+        ([0, -1, 1], GOOD, r"labels\[1\] is -1"),
+        ([0, 1, 1], GOOD[:, :1], "two or more classes"),
+        ([0, 1, 1], np.c_[GOOD / 2, GOOD / 2], "4 columns for 2 classes"),
+        ([0, 1, 1], np.where(GOOD == 0.8, np.nan, GOOD), r"probabilities\[1\] holds NaN"),
+        ([0, 1, 1], GOOD * 3 - 1, r"probabilities\[1\] holds a value outside 0 to 1"),
+        ([0, 1, 1], GOOD * [[1], [1], [0.9]], r"probabilities\[2\] does not sum to 1"),
+    ],
+)
+def test_wrong_input_is_named(labels: list[int], probabilities: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_predictions(labels, np.asarray(probabilities), names(2))
+
+
+def test_class_names_must_differ_and_rounded_probabilities_pass() -> None:
+    with pytest.raises(ValueError, match="distinct"):
+        evaluate_predictions([0, 1, 1], GOOD, ["a", "a"])
+    labels, p = predictions(100, 8)
+    exact = evaluate_predictions(labels, p, MIKELS_CLASSES, resamples=50)
+    rounded = evaluate_predictions(labels, p.round(4), MIKELS_CLASSES, resamples=50)
+    assert rounded["accuracy"] == exact["accuracy"]
+    half = evaluate_predictions(labels, p.astype(np.float16), MIKELS_CLASSES, resamples=50)
+    assert half["accuracy"].value == pytest.approx(exact["accuracy"].value, abs=0.02)
+
+
+# --- paired test -------------------------------------------------------------------------------
+
+
+def discordant(ours_only: int, other_only: int, both: int) -> list[npt.NDArray[np.int64]]:
+    """True classes and two models' answers with the given numbers of right ones."""
+    n = ours_only + other_only + both
+    labels = np.zeros(n, dtype=np.int64)
+    ours, other = labels.copy(), labels.copy()
+    other[:ours_only] = 1
+    ours[ours_only : ours_only + other_only] = 1
+    return [labels, ours, other]
+
+
+@pytest.mark.parametrize(("ours_only", "other_only"), [(10, 2), (2, 10), (7, 7), (25, 11), (1, 0)])
+def test_paired_p_value_in_closed_form(ours_only: int, other_only: int) -> None:
+    result = paired_test(*discordant(ours_only, other_only, 50))
+    n, k = ours_only + other_only, min(ours_only, other_only)
+    tail = sum(comb(n, i) for i in range(k + 1)) / 2**n
+    assert result.p_value == pytest.approx(min(1.0, 2 * tail))
+    assert (result.ours_only, result.other_only) == (ours_only, other_only)
+    assert result.difference.value == pytest.approx((ours_only - other_only) / (n + 50))
+
+
+def test_paired_interval_is_that_of_resampling_images() -> None:
+    labels, ours, other = discordant(40, 22, 138)
+    gain = (ours == labels).astype(float) - (other == labels)
+    reference = stats.bootstrap(
+        (gain,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(0)
+    )
+    difference = paired_test(labels, ours, other, resamples=8000).difference
+    tolerance = 0.2 * reference.standard_error
+    assert difference.low == pytest.approx(reference.confidence_interval.low, abs=tolerance)
+    assert difference.high == pytest.approx(reference.confidence_interval.high, abs=tolerance)
+
+
+def test_identical_models_and_swapped_models() -> None:
+    labels, ours, other = discordant(9, 3, 20)
+    same = paired_test(labels, ours, ours)
+    assert same.p_value == 1.0
+    assert same.difference == Estimate(0.0, 0.0, 0.0)
+    forth, back = paired_test(labels, ours, other), paired_test(labels, other, ours)
+    assert forth.p_value == back.p_value
+    assert forth.difference.value == -back.difference.value
+    assert str(forth).startswith("+0.188 [")
+    assert json.loads(json.dumps(forth.to_json()))["difference"] == forth.difference.to_json()
+
+
+def test_paired_test_refuses_different_lengths() -> None:
+    with pytest.raises(ValueError, match="3, 3 and 2 entries"):
+        paired_test([0, 1, 1], [0, 1, 1], [0, 1])
+
+
+# --- calibration -------------------------------------------------------------------------------
+
+
+def guo_error(confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_]) -> float:
+    """Equation 3 of Guo et al. 2017, bin by bin, as written there."""
+    error = 0.0
+    for m in range(1, 16):
+        inside = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def test_calibration_against_the_paper_and_scikit_learn() -> None:
+    labels, p = predictions(700, 5)
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    error = expected_calibration_error(labels, p)
+    assert error == pytest.approx(guo_error(confidence, right))
+    assert evaluate_predictions(labels, p, names(5), resamples=20)["ece"].value == error
+    table = reliability_table(labels, p, bins=10)
+    accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=10)
+    filled = table[table["count"] > 0]
+    np.testing.assert_allclose(filled["accuracy"], accuracy)
+    np.testing.assert_allclose(filled["confidence"], mean_confidence)
+    assert table["count"].sum() == 700
+    np.testing.assert_allclose(table["lower"][1:], table["upper"][:-1])
+    assert (table["lower"].iloc[0], table["upper"].iloc[-1]) == (0.0, 1.0)
+
+
+def test_calibration_by_hand() -> None:
+    p = np.array([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
+    labels = [0, 0, 0, 1, 1, 0]  # 3 of 4 right at 0.9, 1 of 2 right at 0.6
+    assert expected_calibration_error(labels, p) == pytest.approx(4 / 6 * 0.15 + 2 / 6 * 0.1)
+    table = reliability_table(labels, p, bins=5)
+    assert table["count"].tolist() == [0, 0, 2, 0, 4]
+    edge = reliability_table([0, 0], [[0.75, 0.25], [0.5, 0.5]], bins=4)
+    assert edge["count"].tolist() == [0, 1, 1, 0]  # a bin holds its upper edge
+    assert table["accuracy"].isna().tolist() == [True, True, False, True, False]
+    certain = np.eye(2)[[0, 1]]
+    assert expected_calibration_error([0, 1], certain) == 0.0
+    assert expected_calibration_error([1, 0], certain) == 1.0
+    with pytest.raises(ValueError, match="bins is 0"):
+        reliability_table(labels, p, bins=0)
+    with pytest.raises(ValueError, match=r"labels\[0\] is 5"):
+        reliability_table([5] * 6, p)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def test_most_confused_pairs() -> None:
+    confusion = np.array([[50, 6, 0], [9, 30, 1], [0, 6, 0]])
+    table = most_confused_pairs(confusion, ["awe", "fear", "anger"], top=3)
+    expected = pd.DataFrame(
+        {
+            "true": ["fear", "awe", "anger"],
+            "predicted": ["awe", "fear", "fear"],
+            "count": [9, 6, 6],
+            "share": [9 / 40, 6 / 56, 1.0],
+        }
+    )
+    pd.testing.assert_frame_equal(table, expected)
+    assert len(most_confused_pairs(confusion, ["awe", "fear", "anger"], top=50)) == 4
+    assert most_confused_pairs(np.diag([3, 4]), ["a", "b"]).empty
+    with pytest.raises(ValueError, match=r"\(3, 3\) confusion matrix does not fit 2 classes"):
+        most_confused_pairs(confusion, ["a", "b"])
+
+
+def test_per_class_table_even_for_a_class_called_accuracy() -> None:
+    classes = ["accuracy", "macro avg", "never seen"]
+    labels, answers = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
+    table = per_class_table(labels, answers, classes)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        labels, answers, labels=range(3), zero_division=0
+    )
+    assert table.index.tolist() == classes
+    np.testing.assert_allclose(table["precision"], precision)
+    np.testing.assert_allclose(table["recall"], recall)
+    np.testing.assert_allclose(table["f1"], f1)
+    assert table["support"].tolist() == support.tolist() == [2, 3, 0]
+    with pytest.raises(ValueError, match="5 labels but 4 predictions"):
+        per_class_table(labels, answers[:4], classes)
+    with pytest.raises(ValueError, match=r"predictions\[4\] is 3"):
+        per_class_table(labels, [0, 1, 1, 1, 3], classes)
+
+
+# --- the train-validation gap ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "n", "verdict"),
+    [
+        (0.95, 0.70, 1000, "Strong overfitting"),
+        (0.80, 0.72, 2000, "Some overfitting"),
+        (0.80, 0.74, 50, "Healthy as far as one can tell"),  # 6 points, but 50 images
+        (0.83, 0.80, 9000, "Healthy: the gap is real but too small"),
+        (0.40, 0.42, 900, "Underfitting"),
+        (0.90, 0.97, 3000, "Validation is better than training"),
+        (1.00, 0.90, 10, "Healthy as far as one can tell"),
+        (1.00, 1.00, 60, "Healthy as far as one can tell"),
+    ],
+)
+def test_gap_verdict(train: float, val: float, n: int, verdict: str) -> None:
+    text = gap_verdict(train, val, n)
+    assert verdict in text
+    assert f"{train:.1%}" in text
+    assert f"{val:.1%}" in text
+    assert f"{n:,} images" in text
+    fields = {field.name for field in dataclasses.fields(EnhancedConfig)}
+    assert set(re.findall(r"[A-Z]+(?:_[A-Z]+)+|[A-Z]{4,}", text)) <= fields
+
+
+def test_gap_standard_error_is_that_of_two_independent_samples() -> None:
+    rng = np.random.default_rng(0)
+    gaps = (rng.binomial(400, 0.8, 20000) - rng.binomial(400, 0.7, 20000)) / 400
+    assert gap_standard_error(0.8, 0.7, 400) == pytest.approx(gaps.std(), rel=0.03)
+    assert gap_standard_error(1.0, 1.0, 20) > 0
+
+
+def test_gap_within_two_standard_errors_is_no_evidence() -> None:
+    for n in (20, 200, 2000):
+        edge = 2 * gap_standard_error(0.9, 0.9, n)
+        assert "no evidence" in gap_verdict(0.9, 0.9 - 0.9 * edge, n)
+    assert "overfitting:" in gap_verdict(0.9, 0.7, 200)
+    assert "no evidence" in gap_verdict(0.9, 0.7, 20)
+
+
+@pytest.mark.parametrize("numbers", [(1.2, 0.5, 10), (0.5, -0.1, 10), (0.5, 0.5, 0)])
+def test_gap_verdict_refuses_percentages_and_no_images(numbers: tuple[float, float, int]) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        gap_verdict(*numbers)
+
+
+def test_gap_verdict_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        gap_verdict(float("nan"), 0.5, 10)
