@@ -888,7 +888,7 @@ def test_execute_runs_every_cell_here(
     assert "no setting is called 'BETAS'" in capsys.readouterr().err
     assert not tree.output.exists()
 
-    assert tree.main("--all", "--execute", "--set", "EPOCHS=3", "--set", "CROP_SCALE=(0.5, 1)") == 0
+    assert tree.main("--all", "--execute", "--set", "EPOCHS=3", "--set", "SEED=7") == 0
     notebook = executed(tree)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -905,7 +905,7 @@ def test_execute_runs_every_cell_here(
     assert injected.source.startswith('OVERRIDES = {\n    **OVERRIDES,\n    "EPOCHS": 3,\n')
     assert notebook.cells[notebook.cells.index(injected) - 1].metadata.tags == ["parameters"]
     shown = text_of(by_id["data-04"])
-    assert "[3, 3] {'EPOCHS': 3, 'CROP_SCALE': [0.5, 1]}" in shown and sys.executable in shown
+    assert "[3, 3] {'EPOCHS': 3, 'SEED': 7}" in shown and sys.executable in shown
 
     assert "epochs <b>: 100% |████████████████████| 2/2 [" in text_of(cells[-1])
     page = (tree.root / "work" / "results" / "a-run" / "nb_executed.html").read_text()
