@@ -224,7 +224,7 @@ class Comparison:
         for name, metrics in self.metrics.items():
             test = self.tests.get(name)
             rows.append({
-                "model": name,
+                "model": name.replace("_", " "),
                 "accuracy": f"{metrics['accuracy']:.3f}",
                 "macro F1": f"{metrics['macro_f1']:.3f}",
                 "ours is better by": f"{test.difference:+.3f}" if test else "",

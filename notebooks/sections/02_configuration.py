@@ -13,7 +13,9 @@
 # | get the same bits again on a GPU | `{"DETERMINISTIC": True}` (slower) |
 
 # %% tags=["parameters"]
-OVERRIDES = {}
+from typing import Any
+
+OVERRIDES: dict[str, Any] = {}
 
 # %% [markdown]
 # The rest of this section defines the settings and checks yours.

@@ -92,3 +92,25 @@ grid = train.__getitems__(shown)
 pictures = list(grid.images.permute(0, 2, 3, 1).numpy())
 names = [data.classes[label] for label in grid.labels]
 keep_figure(plot_image_grid(pictures, names, columns=8), name="sample_grid")
+
+# %%
+from emotion_transfer.audit import audit_data, pair_pictures, show_audit
+
+# %% [markdown]
+# ### What the audit finds
+#
+# Judge the pairs with your own eyes: a burst of photographs of one scene is not a copy, but if its
+# frames stand in training *and* in test, the test is easier than it looks.
+
+# %%
+from IPython.display import display
+
+if cfg.AUDIT:
+    audit = audit_data(cfg, datasets)
+    print("\n".join(show_audit(audit)))
+    suspects = audit.leaks if len(audit.leaks) else audit.pairs
+    if len(suspects):
+        pair_images, pair_titles = pair_pictures(datasets, suspects)
+        display(keep_figure(plot_image_grid(pair_images, pair_titles, columns=4), name="audit"))
+else:
+    print("AUDIT is off")

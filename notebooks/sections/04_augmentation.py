@@ -26,14 +26,15 @@ from emotion_transfer.mixing import draw_mixing, mix_images
 
 # %%
 import dataclasses
+from typing import Any
 
 from emotion_transfer.seeding import draw_uniforms
 
-OFF = {
+OFF: dict[str, Any] = {
     "CROP_SCALE": (1.0, 1.0), "FLIP_PROB": 0.0, "ROTATION": 0.0, "BRIGHTNESS": 0.0, "CONTRAST": 0.0,
     "SATURATION": 0.0, "HUE": 0.0, "BLUR_PROB": 0.0, "ERASE_PROB": 0.0,
 }  # fmt: skip
-TECHNIQUES = {
+TECHNIQUES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "crop": {"CROP_SCALE": cfg.CROP_SCALE},
     "flip": {"FLIP_PROB": 1.0},
@@ -84,7 +85,8 @@ plain = apply_augmentation(
 )
 mixed_rows = {"before": list(denormalise(plain, mean, std))}
 for name, off in (("MixUp", "CUTMIX_ALPHA"), ("CutMix", "MIXUP_ALPHA")):
-    always = dataclasses.replace(cfg, **{off: 0.0, "MIX_PROB": 1.0, "EPOCHS": 40})
+    only: dict[str, Any] = {off: 0.0, "MIX_PROB": 1.0, "EPOCHS": 40}
+    always = dataclasses.replace(cfg, **only)
     mixing = draw_mixing(always, 0, 0, len(few))
     mixed_rows[name] = list(denormalise(mix_images(plain, mixing), mean, std))
     print(f"{name}: share of the first image", [round(float(lam), 2) for lam in mixing.lam])

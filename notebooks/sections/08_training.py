@@ -32,8 +32,7 @@ from emotion_transfer.metrics import evaluate_predictions, gap_verdict
 # ### The verdict on the gap
 
 # %%
-best = result.history.set_index("epoch").loc[result.best_epoch]
-validation_accuracy = best["train_clean_accuracy"] - best["gap"]
-print(
-    gap_verdict(best["train_clean_accuracy"], validation_accuracy, len(datasets["val"]))
-)
+row = result.history["epoch"].tolist().index(result.best_epoch)
+clean_accuracy = result.history["train_clean_accuracy"].tolist()[row]
+gap = result.history["gap"].tolist()[row]
+print(gap_verdict(clean_accuracy, clean_accuracy - gap, len(datasets["val"])))

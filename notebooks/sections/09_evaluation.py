@@ -87,19 +87,18 @@ keep_figure(plot_reliability(reliability, ece), name="reliability")
 # finds say more about a data set than any metric.
 
 # %%
-from IPython.display import display
-
 wrong = np.flatnonzero(test.predicted != test.labels)
 confidence = test.probabilities.max(1)
 worst = wrong[np.argsort(-confidence[wrong])][:12]
-if len(worst):
-    seen = datasets["test"].__getitems__(worst.tolist()).images.permute(0, 2, 3, 1).numpy()
-    figure = plot_mistakes(
-        list(seen), test.labels[worst], test.predicted[worst], confidence[worst], data.classes
-    )
-    display(keep_figure(figure, name="mistakes"))
-else:
-    print("no mistake on the test split")
+seen = datasets["test"].__getitems__(worst.tolist()).images.permute(0, 2, 3, 1).numpy()
+figure = plot_mistakes(
+    list(seen),
+    test.labels[worst].tolist(),
+    test.predicted[worst].tolist(),
+    confidence[worst].tolist(),
+    data.classes,
+)
+keep_figure(figure, name="mistakes")
 
 # %%
 from emotion_transfer.explain import grad_cam

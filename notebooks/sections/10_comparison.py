@@ -31,6 +31,6 @@ comparison.table()
 # their own: others measured them with other code.
 
 # %%
-accuracies = {name: found["accuracy"] for name, found in comparison.metrics.items()}
+accuracies = {name.replace("_", " "): found["accuracy"] for name, found in comparison.metrics.items()}
 published = published_accuracies(data.classes, synthetic=data.synthetic)
 keep_figure(plot_comparison(accuracies, published), name="comparison")
