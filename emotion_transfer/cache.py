@@ -2,12 +2,13 @@
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from emotion_transfer.config import EnhancedConfig, cache_size, resolve_path
 from emotion_transfer.data import (
+    DECODER_VERSION,
     SPLITS,
     DataError,
     EmotionData,
@@ -28,6 +30,7 @@ from emotion_transfer.data import (
     Split,
     decode_image,
     read_image_bytes,
+    refuse_untaught_classes,
 )
 
 # %% [markdown]
@@ -43,8 +46,7 @@ from emotion_transfer.data import (
 # date, a hash of its bytes and the reason where it is bad, goes into an index beside the array.
 
 # %%
-CHUNK_IMAGES = 256
-INDEX_COLUMNS = ("position", "file", "size", "mtime_ns", "hash", "crc", "reason")
+CHUNK_IMAGES, CHUNK_BYTES = 256, 2**26  # decoded together; the smaller of the two
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class IndexRow:
     file: str
     size: int
     mtime_ns: int
-    hash: str
-    crc: int
+    hash: str  # of the file
+    crc: int  # of the pixels
     reason: str
 
 
@@ -74,57 +76,77 @@ def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+# %% [markdown]
+# Copying a data set changes every date and no content. So where a file's date or name differs from
+# what is known of it, its hash decides whether it is decoded again. A bad one is tried every time:
+# its disk may be back, or a decoder installed.
+
 # %%
-def scan_image(split: Split, position: int, side: int) -> tuple[IndexRow, npt.NDArray[np.uint8]]:
-    """Read, hash and decode one image; a bad one comes back black, with its reason."""
+ScannedImage = tuple[IndexRow, npt.NDArray[np.uint8] | None]
+
+
+def scan_image(
+    split: Split, position: int, side: int, known: IndexRow | None = None
+) -> ScannedImage:
+    """Read, hash and decode one image; a bad one comes back black, with its reason.
+
+    If it has the content of `known`, there is nothing to decode, and its pixels are None.
+    """
     path = split.path(position)
     row = IndexRow(position, split.files[position], *file_stamp(path), "", 0, "")
     try:
         data = read_image_bytes(path)
         row = dataclasses.replace(row, hash=content_hash(data))
+        if known and not known.reason and known.hash == row.hash:
+            return dataclasses.replace(row, crc=known.crc), None
         pixels = decode_image(data, side)
         return dataclasses.replace(row, crc=zlib.crc32(pixels.tobytes())), pixels
     except ImageError as error:
         black = np.zeros((side, side, 3), np.uint8)
-        return dataclasses.replace(row, reason=" ".join(str(error).split())), black
+        return dataclasses.replace(row, reason=" ".join(str(error).split()) or "unusable"), black
 
 
 # %% [markdown]
 # The index is a journal: rows are only ever appended, and only after their pixels are safely on
 # disk. Kill the process at any instant and the next run goes on with the first image that is not
-# in it.
+# in it. A line that was cut off by the kill ends in no line break, and does not count.
 
 
 # %%
-def read_index(file: Path, split: Split) -> pd.DataFrame:
-    """The newest row of each position whose file is still that of `split`; empty if unreadable."""
-    empty = pd.DataFrame(columns=list(INDEX_COLUMNS))
+def read_index(file: Path, count: int) -> dict[int, IndexRow]:
+    """The newest row of each position below `count`; damaged lines are passed over, and said."""
+    rows: dict[int, IndexRow] = {}
     if not file.exists():
-        return empty
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, on_bad_lines="skip")
-        table = table[list(INDEX_COLUMNS)]
-        numbers = ["position", "size", "mtime_ns", "crc"]
-        table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
-        table = table.dropna().astype(dict.fromkeys(numbers, "int64"))
-    except (ValueError, KeyError, OSError) as error:
-        print(f"{file} is damaged ({error}); the cache is built again")
-        return empty
-    table = table[(table["position"] >= 0) & (table["position"] < len(split))]
-    table = table.drop_duplicates("position", keep="last")
-    names = np.array(split.files, dtype=object)
-    current = names[table["position"].to_numpy()] == table["file"].to_numpy()
-    newest: pd.DataFrame = table.loc[current]
-    return newest
+        return rows
+    with file.open("rb+") as journal:
+        data = journal.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        journal.truncate(len(whole))  # so that nothing is appended to half a line
+    damaged = 0
+    for line in whole.decode(errors="replace").split("\n")[:-1]:
+        try:
+            position, name, size, mtime_ns, digest, crc, reason = next(csv.reader([line]))
+            row = IndexRow(int(position), name, int(size), int(mtime_ns), digest, int(crc), reason)
+        except (ValueError, csv.Error, StopIteration):
+            damaged += 1
+            continue
+        if 0 <= row.position < count:
+            rows[row.position] = row
+    if damaged:
+        print(f"{file} has {damaged} damaged lines; their images are read again")
+    return rows
 
 
-def stale_positions(split: Split, index: pd.DataFrame) -> list[int]:
-    """Positions without a row, or whose file's size or date is no longer what its row says."""
-    known = {
-        int(p): (int(s), int(m))
-        for p, s, m in zip(index["position"], index["size"], index["mtime_ns"], strict=True)
-    }
-    return [i for i in range(len(split)) if known.get(i) != file_stamp(split.path(i))]
+# %%
+def stale_positions(split: Split, index: Mapping[int, IndexRow]) -> list[int]:
+    """Positions without a row, with a bad image, or whose file is not the one their row is of."""
+    return [
+        i
+        for i, file in enumerate(split.files)
+        if (row := index.get(i)) is None
+        or row.reason
+        or (row.file, row.size, row.mtime_ns) != (file, *file_stamp(split.path(i)))
+    ]
 
 
 # %% [markdown]
@@ -135,18 +157,26 @@ def stale_positions(split: Split, index: pd.DataFrame) -> list[int]:
 
 # %%
 def scan_chunks(
-    split: Split, positions: Sequence[int], side: int, threads: int
-) -> Iterator[list[tuple[IndexRow, npt.NDArray[np.uint8]]]]:
-    """Yield scanned images in order, at most ``CHUNK_IMAGES`` at a time."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[list[Future[tuple[IndexRow, npt.NDArray[np.uint8]]]]] = deque()
-        for start in range(0, len(positions), CHUNK_IMAGES):
-            part = positions[start : start + CHUNK_IMAGES]
-            pending.append([pool.submit(scan_image, split, p, side) for p in part])
+    split: Split,
+    positions: Sequence[int],
+    side: int,
+    index: Mapping[int, IndexRow],
+    threads: int,
+) -> Iterator[list[ScannedImage]]:
+    """Yield scanned images in order, ``CHUNK_IMAGES`` or ``CHUNK_BYTES`` at a time."""
+    step = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (side * side * 3)))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pending: deque[list[Future[ScannedImage]]] = deque()
+    try:
+        for start in range(0, len(positions), step):
+            part = positions[start : start + step]
+            pending.append([pool.submit(scan_image, split, p, side, index.get(p)) for p in part])
             if len(pending) > 2:
                 yield [future.result() for future in pending.popleft()]
         while pending:
             yield [future.result() for future in pending.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted pass ends now
 
 
 # %% [markdown]
@@ -185,27 +215,46 @@ class ImageStore:
 
 
 # %%
+def check_room(stores: Sequence[ImageStore]) -> None:
+    """Raise ``DataError`` if the arrays that are still to be made do not fit on the disk."""
+    need = sum(
+        max(0, int(np.prod(store.shape)) - store.array_file.stat().st_size)
+        if store.array_file.is_file()
+        else int(np.prod(store.shape))
+        for store in stores
+    )
+    folder = stores[0].folder
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    if need > free:
+        raise DataError(
+            f"the image cache needs {need / 1e9:.2f} GB more in {folder}, where "
+            f"{free / 1e9:.2f} GB are free; {cache_advice(stores[0])}"
+        )
+
+
+def cache_advice(store: ImageStore) -> str:
+    """What to do where the cache cannot be kept."""
+    return (
+        f"set CACHE_DIR to a disk with room, lower CACHE_SIZE ({store.side}), or set CACHE=False "
+        "to decode anew in every epoch"
+    )
+
+
 def reserve_array(store: ImageStore) -> None:
     """Create the array file with all its room taken; raises ``DataError`` if it lacks room."""
+    check_room([store])
     store.array_file.unlink(missing_ok=True)
-    need = int(np.prod(store.shape))
-    free = shutil.disk_usage(store.folder).free
-    message = (
-        f"the image cache for {store.split.name} needs {need / 1e9:.2f} GB in {store.folder}, "
-        f"where {free / 1e9:.2f} GB are free; set CACHE_DIR to a larger disk, lower CACHE_SIZE "
-        f"({store.side}), or set CACHE=False to decode anew in every epoch"
-    )
-    if need > free:
-        raise DataError(message)
     array = np.lib.format.open_memmap(store.array_file, "w+", np.uint8, store.shape)
     del array
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with store.array_file.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, store.array_file.stat().st_size)
-        except OSError as error:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with store.array_file.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, store.array_file.stat().st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             store.array_file.unlink(missing_ok=True)
-            raise DataError(f"{message} ({error})") from error
+            raise  # else the file system cannot reserve, and the room was checked
 
 
 # %% [markdown]
@@ -214,106 +263,103 @@ def reserve_array(store: ImageStore) -> None:
 
 
 # %%
-def array_fault(store: ImageStore, index: pd.DataFrame) -> str | None:
+def array_fault(store: ImageStore, index: Mapping[int, IndexRow]) -> str | None:
     """Why the array file cannot be used, judged by its form and a spread of its checksums."""
     try:
         array = store.pixels()
     except (ValueError, OSError, EOFError) as error:
         return f"cannot be read: {error}"
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        return "is no plain array"
     if array.shape != store.shape or array.dtype != np.uint8:
         return f"holds {array.shape} {array.dtype} where {store.shape} uint8 is due"
-    good = index[index["reason"] == ""]
-    good = good.iloc[:: max(1, len(good) // 32)]
-    for position, file, crc in zip(good["position"], good["file"], good["crc"], strict=True):
-        if zlib.crc32(array[position].tobytes()) != crc:
-            return f"does not match its checksum at {file}"
+    if array.offset + array.nbytes != store.array_file.stat().st_size:
+        return "has bytes after its end"
+    good = [row for row in index.values() if not row.reason]
+    for row in good[:: max(1, len(good) // 32)]:
+        if zlib.crc32(array[row.position].tobytes()) != row.crc:
+            return f"does not match its checksum at {row.file}"
     return None
 
 
 # %% [markdown]
-# Copying a data set changes every date and no content. So where only the date of a file differs,
-# its hash decides whether it is decoded again.
-
-
-# %%
-def unchanged_rows(split: Split, index: pd.DataFrame, stale: Sequence[int]) -> list[IndexRow]:
-    """Index rows, with today's date, of the `stale` files whose content is still the same."""
-    known = index.set_index("position")
-    same = []
-    for position in known.index.intersection(list(stale)):
-        old = known.loc[position]
-        size, mtime_ns = file_stamp(split.path(position))
-        if size != old["size"] or not old["hash"]:
-            continue
-        try:
-            digest = content_hash(read_image_bytes(split.path(position)))
-        except ImageError:
-            continue
-        if digest == old["hash"]:
-            row = IndexRow(int(position), old["file"], size, mtime_ns, digest, int(old["crc"]), "")
-            same.append(dataclasses.replace(row, reason=old["reason"]))
-    return same
+# Writing in the right order is what makes a kill harmless. Where pixels are about to be replaced,
+# the index says first that they do not count; then come the pixels, then their rows, and each step
+# waits for the disk.
 
 
 # %%
 def append_rows(store: ImageStore, rows: Sequence[IndexRow]) -> None:
     """Add `rows` to the index and wait until the disk has them."""
-    new = not store.index_file.exists()
-    with store.index_file.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(INDEX_COLUMNS)
-        else:
-            file.write("\n")  # closes a line that a killed process left unfinished
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+    with store.index_file.open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(map(dataclasses.astuple, rows))
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_images(store: ImageStore, positions: Sequence[int], threads: int) -> None:
-    """Decode `positions` into the store, pixels first, their index rows after them."""
-    header = store.array_file.stat().st_size - int(np.prod(store.shape)) if store.keep_pixels else 0
+def write_pixels(
+    store: ImageStore, images: Sequence[ScannedImage], index: Mapping[int, IndexRow]
+) -> None:
+    """Put decoded `images` into the array, after their rows in `index` have been revoked."""
+    old = [index[row.position] for row, _ in images if row.position in index]
+    if old:
+        append_rows(store, [dataclasses.replace(row, reason="not decoded yet") for row in old])
     each = store.side * store.side * 3
-    label = f"decoding {store.split.name}" if store.keep_pixels else f"checking {store.split.name}"
+    header = store.array_file.stat().st_size - len(store.split) * each
+    with store.array_file.open("r+b") as file:
+        for row, image in images:
+            if image is not None:
+                file.seek(header + row.position * each)
+                file.write(image.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# %%
+def update_images(
+    store: ImageStore, positions: Sequence[int], index: dict[int, IndexRow], threads: int
+) -> None:
+    """Scan `positions` and bring the array, the index file and `index` up to date."""
+    label = f"{'decoding' if store.keep_pixels else 'checking'} {store.split.name}"
     with tqdm(total=len(positions), desc=label, unit="img") as bar:
-        for chunk in scan_chunks(store.split, positions, store.side, threads):
-            if store.keep_pixels:
-                with store.array_file.open("r+b") as file:
-                    for row, image in chunk:
-                        file.seek(header + row.position * each)
-                        file.write(image.data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            append_rows(store, [row for row, _ in chunk])
+        for chunk in scan_chunks(store.split, positions, store.side, index, threads):
+            changed = [(row, image) for row, image in chunk if index.get(row.position) != row]
+            decoded = [(row, image) for row, image in changed if image is not None]
+            if store.keep_pixels and decoded:
+                write_pixels(store, decoded, index)
+            if changed:
+                append_rows(store, [row for row, _ in changed])
+            index.update({row.position: row for row, _ in changed})
             bar.update(len(chunk))
 
 
 # %%
-def build_store(store: ImageStore, threads: int) -> pd.DataFrame:
-    """Bring `store` up to date, decoding only new and changed images, and return its index.
+def build_store(store: ImageStore, threads: int) -> list[IndexRow]:
+    """Bring `store` up to date, decoding only new and changed images; the row of every image.
 
     Safe to call from two processes at once: the second waits and finds the work done.
 
     Raises:
-        DataError: where the disk has too little room.
+        DataError: where the disk has too little room, or cannot be written.
     """
-    store.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{store.index_file}.lock"):
-        index = read_index(store.index_file, store.split)
-        if store.keep_pixels and (fault := array_fault(store, index)):
-            if store.array_file.exists():
-                print(f"{store.array_file} {fault}; it is built again")
-            store.index_file.unlink(missing_ok=True)
-            index = index.iloc[:0]
-            reserve_array(store)
-        stale = stale_positions(store.split, index)
-        same = unchanged_rows(store.split, index, stale)
-        if same:
-            append_rows(store, same)
-        changed = sorted(set(stale) - {row.position for row in same})
-        if changed:
-            write_images(store, changed, threads)
-        return read_index(store.index_file, store.split) if stale else index
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{store.index_file}.lock"):
+            index = read_index(store.index_file, len(store.split))
+            if store.keep_pixels and (fault := array_fault(store, index)):
+                if store.array_file.exists():
+                    print(f"{store.array_file} {fault}; it is built again")
+                store.index_file.unlink(missing_ok=True)
+                index = {}
+                reserve_array(store)
+            stale = stale_positions(store.split, index)
+            if stale:
+                update_images(store, stale, index, threads)
+            return [index[i] for i in range(len(store.split))]
+    except OSError as error:
+        raise DataError(
+            f"the image cache in {store.folder} cannot be written: {error}; {cache_advice(store)}"
+        ) from error
 
 
 # %% [markdown]
@@ -337,7 +383,8 @@ def cache_folder(cfg: EnhancedConfig, data: EmotionData) -> Path:
     """Where the images of `data` are cached at this size; one folder for each set of files."""
     roots = "|".join(f"{split.csv}|{split.images_root}" for split in data.splits.values())
     key = hashlib.sha256(roots.encode()).hexdigest()[:8]
-    return resolve_path(cfg.CACHE_DIR) / f"{data.root.name}-{cache_size(cfg)}px-{key}"
+    name = f"{data.root.name}-{cache_size(cfg)}px-v{DECODER_VERSION}-{key}"
+    return resolve_path(cfg.CACHE_DIR) / name
 
 
 # %%
@@ -361,26 +408,29 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
             image stands in two splits and ``ALLOW_DUPLICATES`` is off.
     """
     folder = cache_folder(cfg, data)
-    stores, kept, splits = {}, {}, {}
+    stores = {n: ImageStore(data.splits[n], folder, cache_size(cfg), cfg.CACHE) for n in SPLITS}
+    if cfg.CACHE:
+        check_room(list(stores.values()))
+    kept, splits = {}, {}
     bad: list[dict[str, Any]] = []
     hashes: list[pd.DataFrame] = []
-    for name in SPLITS:
-        split = data.splits[name]
-        stores[name] = ImageStore(split, folder, cache_size(cfg), cfg.CACHE)
-        index = build_store(stores[name], worker_count(cfg)).sort_values("position")
-        reasons = index["reason"].to_numpy()
-        kept[name] = np.flatnonzero(reasons == "")
+    for name, store in stores.items():
+        split, rows = store.split, build_store(store, worker_count(cfg))
+        kept[name] = np.flatnonzero([not row.reason for row in rows])
         splits[name] = split.select(kept[name])
-        for i in np.flatnonzero(reasons != "").tolist():
-            report = {"split": name, "row": split.rows[i], "file": split.files[i]}
-            bad.append({**report, "reason": reasons[i]})
-        usable = index.iloc[kept[name]]
+        bad += [
+            {"split": name, "row": int(line), "file": row.file, "reason": row.reason}
+            for row, line in zip(rows, split.rows, strict=True)
+            if row.reason
+        ]
+        usable = [rows[i].hash for i in kept[name]]
         hashes.append(
             pd.DataFrame({"split": name, "row": splits[name].rows, "file": splits[name].files,
-                          "hash": usable["hash"].to_numpy()})
+                          "hash": usable})
         )  # fmt: skip
     bad_table = pd.DataFrame(bad, columns=["split", "row", "file", "reason"])
     refuse_bad_images(cfg, data, bad_table)
+    refuse_untaught_classes(splits["train"], data.classes)
     repeated = repeated_images(pd.concat(hashes, ignore_index=True))
     refuse_leaks(cfg, data, repeated)
     checked = dataclasses.replace(data, splits=splits)

@@ -631,6 +631,8 @@ def run_epochs(
     progress = resume(trainer, train, saved) if saved else Progress()
     saver = Saver(cfg, folder, train)
     report_start(trainer, progress)
+    if saved is None:  # keeps the measured precision, and finds a full disk before it costs an hour
+        saver.save(trainer, progress)
     with deferred_interrupt() as asked, torch.autograd.set_detect_anomaly(cfg.DEBUG):
         while not progress.finished:
             begin_epoch(trainer, progress.epoch)

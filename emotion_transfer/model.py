@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ class WeightsError(RuntimeError):
     """Pretrained weights that cannot be had or do not fit; the message holds the remedy."""
 
 
+class WeightsUnavailable(WeightsError):
+    """Weights that exist, but neither in the cache nor within reach of this machine."""
+
+
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -113,8 +118,7 @@ def packaged_lite0_weights() -> dict[str, Tensor]:
         )
     tensors = torch.load(file, map_location="cpu", weights_only=True)
     reference = make_imagenet_model("efficientnet_lite0").state_dict()
-    pairs = zip(reference.items(), tensors.values(), strict=True)
-    if any(ours.shape != theirs.shape for (_, ours), theirs in pairs):
+    if [t.shape for t in reference.values()] != [t.shape for t in tensors.values()]:
         raise WeightsError(f"{file} does not match timm's tf_efficientnet_lite0; upgrade timm")
     return dict(zip(reference, tensors.values(), strict=True))
 
@@ -124,18 +128,23 @@ def torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     """Weights from torchvision's enum by their name, downloaded once and then cached.
 
     Raises:
-        WeightsError: for an unknown name, or where they are neither cached nor downloadable.
+        WeightsError: for an unknown name or a damaged file in the cache.
+        WeightsUnavailable: where they are neither cached nor downloadable.
     """
     enum = torchvision.models.get_model_weights(name)
     if weights not in enum.__members__:
         known = ", ".join(enum.__members__)
         raise WeightsError(f"WEIGHTS={weights!r}: no such file, and {name} has only {known}")
     chosen = enum[weights]
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
     try:
-        state: dict[str, Tensor] = chosen.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
-        raise WeightsError(
+        state: dict[str, Tensor] = chosen.get_state_dict(
+            progress=True, check_hash=True, weights_only=True
+        )
+    except Exception as error:  # an unpickler may raise anything on a damaged file
+        if cache.exists():
+            raise WeightsError(f"{cache} is damaged ({error}); delete it") from error
+        raise WeightsUnavailable(
             f"the ImageNet weights of {name} are not in {cache} and could not be downloaded "
             f"({error}). Download {chosen.url} elsewhere and put it there, set WEIGHTS to a local "
             'file, or set MODEL_NAME="efficientnet_lite0", whose weights come with its package. '
@@ -186,7 +195,7 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
         state = imagenet_weights(name, weights)
         try:
             network.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:  # the last: odd keys
             raise WeightsError(f"WEIGHTS={weights!r} do not fit {name}: {error}") from error
     output = "fc" if name == "resnet50" else "classifier"
     setattr(network, output, nn.Identity())
@@ -197,14 +206,15 @@ def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
     """`cfg`; on the synthetic sample, a copy with the packaged backbone where weights are lacking.
 
     Raises:
-        WeightsError: on real data, where the weights of ``MODEL_NAME`` cannot be had.
+        WeightsError: where the weights of ``MODEL_NAME`` cannot be had; on the sample, only where
+            that is not for want of a connection.
     """
     if cfg.WEIGHTS is None or cfg.INIT_FROM is not None:
         return cfg
     try:
         imagenet_weights(cfg.MODEL_NAME, cfg.WEIGHTS)
-    except WeightsError as error:
-        if not synthetic or cfg.MODEL_NAME == "efficientnet_lite0":
+    except WeightsUnavailable as error:
+        if not synthetic:
             raise
         print(f"NOTE: {error}.\n\nThe sample run goes on with efficientnet_lite0 and its weights.")
         return dataclasses.replace(cfg, MODEL_NAME="efficientnet_lite0", WEIGHTS="DEFAULT")
@@ -270,6 +280,51 @@ def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, classes, cfg.DROPOUT, cfg.HEAD)
     model = EmotionClassifier(cfg.MODEL_NAME, backbone, head)
     return model.to(memory_format=torch.channels_last)
+
+
+# %% [markdown]
+# A run cannot be made longer afterwards, because its length shapes the learning rate from the first
+# step on. `INIT_FROM` begins a new run with the weights of another instead: a folder written by the
+# export, or a `best-*.pt` of an earlier run.
+
+
+# %%
+def read_initial_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights and class names of an export folder or a file of best weights.
+
+    Raises:
+        WeightsError: if `path` is neither.
+    """
+    try:
+        if path.is_dir():
+            about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            return load_file(path / "model.safetensors"), list(about["classes"])
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return saved["model"], list(saved["classes"])
+    except Exception as error:  # an unpickler may raise anything on a damaged file
+        raise WeightsError(
+            f"INIT_FROM={path} is neither an export folder nor a best-*.pt: {error}"
+        ) from error
+
+
+def load_initial_weights(
+    cfg: EnhancedConfig, model: EmotionClassifier, classes: Sequence[str]
+) -> EmotionClassifier:
+    """`model` with the weights of ``INIT_FROM``, or as it is where that is None.
+
+    Raises:
+        WeightsError: if they cannot be read, or are of other classes or another network.
+    """
+    if cfg.INIT_FROM is None:
+        return model
+    state, names = read_initial_weights(resolve_path(cfg.INIT_FROM))
+    if names != list(classes):
+        raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} has the classes {names}, not {classes}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} does not fit: {error}") from error
+    return model
 
 
 # %% [markdown]

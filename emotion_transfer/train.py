@@ -18,7 +18,7 @@ from emotion_transfer.evaluation import predict, prediction_table, write_predict
 from emotion_transfer.export import export_model
 from emotion_transfer.loader import make_datasets
 from emotion_transfer.metrics import evaluate_predictions
-from emotion_transfer.model import WeightsError, build_model, choose_backbone
+from emotion_transfer.model import WeightsError, build_model, choose_backbone, load_initial_weights
 from emotion_transfer.report import closing_text, summarise_run, write_summary
 from emotion_transfer.runs import make_run_folder
 from emotion_transfer.seeding import seed_everything
@@ -45,7 +45,7 @@ def train(cfg: EnhancedConfig) -> Path:
     seed_everything(cfg.SEED)
     datasets = make_datasets(cfg, checked)
     cfg = choose_backbone(cfg, synthetic=data.synthetic)
-    model = build_model(cfg, len(classes))
+    model = load_initial_weights(cfg, build_model(cfg, len(classes)), classes)
     result = fit(cfg, model, datasets, run_dir / "checkpoints")
     found = {name: predict(cfg, model, datasets[name], amp=result.amp) for name in ("val", "test")}
     metrics = {

@@ -2,7 +2,12 @@
 # ## 5. Model
 
 # %%
-from emotion_transfer.model import build_model, choose_backbone, parameter_table
+from emotion_transfer.model import (
+    build_model,
+    choose_backbone,
+    load_initial_weights,
+    parameter_table,
+)
 
 # %% [markdown]
 # ### Build it
@@ -13,7 +18,7 @@ from emotion_transfer.model import build_model, choose_backbone, parameter_table
 
 # %%
 cfg = choose_backbone(cfg, synthetic=data.synthetic)
-model = build_model(cfg, len(data.classes))
+model = load_initial_weights(cfg, build_model(cfg, len(data.classes)), data.classes)
 print(f"{cfg.MODEL_NAME}, weights {cfg.WEIGHTS or 'random'}: {len(data.classes)} classes")
 model.head
 
