@@ -70,6 +70,10 @@ def close_pairs(
     return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
 
 
+# %% [markdown]
+# What was found is kept as tables, so that you can sort and filter them yourself.
+
+
 # %%
 @dataclass(frozen=True)
 class Audit:
@@ -102,6 +106,10 @@ def audit_data(cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset]) -> A
     table = pair_table(images, pairs)
     notes = audit_notes(datasets, table, len(odd))
     return Audit(table, odd[["split", "row", "file", "reason"]], notes)
+
+
+# %% [markdown]
+# For the report, every look-alike is traced back to its split, row, file and label.
 
 
 # %%

@@ -87,6 +87,10 @@ def extract_features(
     return np.concatenate(features)
 
 
+# %% [markdown]
+# Nine strengths of regularisation are tried, from very strong to weak.
+
+
 # %%
 def fit_probe(
     train: npt.NDArray[np.float32],
@@ -173,6 +177,10 @@ def baseline_key(cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset]) ->
     facts |= {name: data_fingerprint(data) for name, data in datasets.items()}
     facts["classes"] = datasets["train"].classes
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# %% [markdown]
+# `run_baseline` reads the kept result, or trains and keeps it.
 
 
 # %%

@@ -138,6 +138,10 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+# %% [markdown]
+# Old files go only after the new one is safely there.
+
+
 # %%
 def save_checkpoint(folder: Path, payload: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint for the position in `payload`, then remove what it makes superfluous."""

@@ -140,6 +140,10 @@ class Trainer:
     expected: int = 0  # tensors that must get a gradient, checked after a thaw
 
 
+# %% [markdown]
+# Building a trainer puts the model on the device and arranges optimiser, loss and average around it.
+
+
 # %%
 def make_trainer(
     cfg: EnhancedConfig, model: EmotionClassifier, train: EmotionDataset, amp: str | None = None
@@ -333,6 +337,11 @@ def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dic
     }
 
 
+# %% [markdown]
+# Resuming under changed settings would give a result that neither the old nor the new settings
+# explain. So every difference is listed, and the run refused.
+
+
 # %%
 def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` naming every setting in which `saved` was another run than `cfg`."""
@@ -353,6 +362,10 @@ def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[
             "Set them back to resume it, or choose another RUN_NAME to begin a new run (with "
             "INIT_FROM to start from these weights)"
         )
+
+
+# %% [markdown]
+# Otherwise everything is put back to where it was.
 
 
 # %%
@@ -392,6 +405,11 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+# %% [markdown]
+# `Saver` writes the checkpoints. What happens when the disk is full is your choice
+# (`ON_SAVE_ERROR`); in either case the checkpoint before stays untouched.
 
 
 # %%
@@ -617,6 +635,10 @@ def fit(
         ) from error
 
 
+# %% [markdown]
+# The loop over the epochs reads almost like its description.
+
+
 # %%
 def run_epochs(
     cfg: EnhancedConfig,
@@ -644,6 +666,12 @@ def run_epochs(
             if not progress.finished:
                 stop_if_asked(asked)
     return finish(trainer, progress, folder)
+
+
+# %% [markdown]
+# At the end of an epoch: validate, compare with the best so far, write a line of history. Patience
+# is counted only once everything trains, for each thaw first makes things worse before it makes them
+# better.
 
 
 # %%
@@ -681,6 +709,10 @@ def end_epoch(
         progress.finished = "all epochs done"
     elif progress.waiting >= cfg.PATIENCE:
         progress.finished = f"stopped early: no better {cfg.MONITOR} for {cfg.PATIENCE} epochs"
+
+
+# %% [markdown]
+# What you get back is the best model, not the last one.
 
 
 # %%
@@ -731,6 +763,10 @@ def report_start(trainer: Trainer, progress: Progress) -> None:
         print(f"this run is complete ({progress.finished}); its best weights are loaded")
     elif progress.epoch or progress.step:
         print(f"resuming at epoch {progress.epoch + 1}, step {progress.step + 1}")
+
+
+# %% [markdown]
+# The line, and the same figures as CSV for later.
 
 
 # %%

@@ -53,6 +53,10 @@ class Predictions:
         return float(score)
 
 
+# %% [markdown]
+# `predict` walks over a split in order. It leaves the model in the mode in which it found it.
+
+
 # %%
 @torch.no_grad()
 def predict(

@@ -59,6 +59,11 @@ def export_model(
     return folder
 
 
+# %% [markdown]
+# The model card is written from the run's own numbers. It also says what the model must not be used
+# for, because that is easily forgotten once a file travels alone.
+
+
 # %%
 def model_card(cfg: EnhancedConfig, classes: Sequence[str], facts: Mapping[str, Any]) -> str:
     """What a user of the weights must know, in Markdown, from the run's own numbers."""
@@ -141,6 +146,10 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
     except RuntimeError as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} does not fit: {error}") from error
     return ExportedModel(model.to(device).eval().requires_grad_(False), tuple(classes), cfg)
+
+
+# %% [markdown]
+# Prediction decodes and crops exactly as evaluation did.
 
 
 # %%

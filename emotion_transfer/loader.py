@@ -74,6 +74,10 @@ class DecodedPixels:
             raise DataError(f"{self.split.where(position)} has become unusable: {error}") from error
 
 
+# %% [markdown]
+# The dataset itself then is short: it turns positions into a batch.
+
+
 # %%
 class EmotionDataset(Dataset[Batch]):
     """One split as a PyTorch dataset; indexing with a list gives the whole batch at once."""
@@ -143,6 +147,10 @@ def steps_per_epoch(cfg: EnhancedConfig, n: int) -> int:
             f"{n} training images do not fill one batch; set BATCH_SIZE to {max(2, n)} or less"
         )
     return min(steps, 2) if cfg.DEBUG else steps
+
+
+# %% [markdown]
+# From an order to batches is simple arithmetic; a run that resumes at step 117 starts slicing there.
 
 
 # %%

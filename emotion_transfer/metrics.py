@@ -80,6 +80,10 @@ def _checked_labels(
     return array.astype(np.int64)
 
 
+# %% [markdown]
+# The same for probabilities:
+
+
 # %%
 def _checked_probabilities(probabilities: npt.ArrayLike, rows: int) -> npt.NDArray[np.float64]:
     """`probabilities` as float64 [rows, C] whose rows sum to 1, or a ``ValueError``."""
@@ -135,6 +139,10 @@ def confusion_metrics(confusion: npt.NDArray[np.integer]) -> dict[str, npt.NDArr
         "macro_recall": _quotient(hits, support).mean(axis=-1),
         "cohen_kappa": _quotient(accuracy - chance, 1 - chance),
     }
+
+
+# %% [markdown]
+# A class that nobody predicted has no precision; it counts as 0.
 
 
 # %%
@@ -204,6 +212,10 @@ def _bootstrap_confusion(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+# %% [markdown]
+# From the resamples, the interval is read off:
+
+
 # %%
 def _percentile_estimate(value: float, resampled: npt.NDArray[np.float64]) -> Estimate:
     low, high = np.quantile(resampled, INTERVAL_ENDS)
@@ -221,6 +233,10 @@ def _share_estimate(
 ) -> Estimate:
     share = float(hits.mean())
     return _percentile_estimate(share, rng.binomial(hits.size, share, resamples) / hits.size)
+
+
+# %% [markdown]
+# Two such shares: the right class among the two most probable, and the right polarity.
 
 
 # %%
@@ -282,6 +298,10 @@ def reliability_table(
     )
 
 
+# %% [markdown]
+# The sorting into bins, shared by the table and the error:
+
+
 # %%
 def _confidence_bins(
     labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], bins: int
@@ -296,6 +316,10 @@ def _confidence_bins(
     confidence = probabilities.max(axis=1)
     bin_of = np.digitize(confidence, edges[1:-1], right=True)
     return edges, bin_of, probabilities.argmax(axis=1) == labels, confidence
+
+
+# %% [markdown]
+# And the one number that sums the table up:
 
 
 # %%
@@ -424,6 +448,10 @@ class PairedTest:
         return asdict(self)
 
 
+# %% [markdown]
+# The test and the interval of the difference, together:
+
+
 # %%
 def paired_test(
     labels: npt.ArrayLike,
@@ -487,6 +515,10 @@ def per_class_table(
     return rows.rename(columns={"f1-score": "f1"}).astype({"support": int})
 
 
+# %% [markdown]
+# Which classes are taken for which?
+
+
 # %%
 def most_confused_pairs(
     confusion: npt.ArrayLike, classes: Sequence[str], top: int = 5
@@ -530,6 +562,10 @@ def most_confused_pairs(
 HEALTHY_GAP = 0.05  # a difference nobody need act on, even if it is real
 LARGE_GAP = 0.15
 LOW_TRAIN_ACCURACY = 0.6  # below this, the model has not even learnt what it was shown
+
+
+# %% [markdown]
+# How far could chance alone drive the two accuracies apart?
 
 
 # %%

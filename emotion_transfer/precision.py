@@ -40,6 +40,11 @@ def choose_device(cfg: EnhancedConfig) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+# %% [markdown]
+# How long a step takes in each precision is measured on this machine, with this model and this
+# image size.
+
+
 # %%
 def choose_amp(cfg: EnhancedConfig, model: nn.Module, device: torch.device) -> str:
     """One of "off", "bf16", "fp16" for this model on this device."""
@@ -70,6 +75,10 @@ def time_forward_backward(model: nn.Module, images: Tensor, amp: str, repeats: i
     for module, mode in was_training:
         module.training = mode
     return float(np.median(seconds[1:]))  # the first one pays for set-up
+
+
+# %% [markdown]
+# One context manager serves all precisions; for float32 it does nothing.
 
 
 # %%

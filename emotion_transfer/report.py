@@ -44,6 +44,10 @@ def estimates_to_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, 
     return {name: estimate.to_json() for name, estimate in estimates.items()}
 
 
+# %% [markdown]
+# These are its keys. Every metric stands with the two ends of its interval.
+
+
 # %%
 def summarise_run(
     cfg: EnhancedConfig,

@@ -35,6 +35,11 @@ def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps
     return cosine * warm_up
 
 
+# %% [markdown]
+# Every step sets the rates of all parameter groups anew; and for the picture, the whole schedule can
+# be computed beforehand.
+
+
 # %%
 def set_learning_rates(
     cfg: EnhancedConfig, optimizer: torch.optim.Optimizer, epoch: int, step: int, steps: int

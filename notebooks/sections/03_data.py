@@ -24,11 +24,11 @@ if synthetic:
 data = load_data(cfg)
 print(f"{data.name}: {len(data.classes)} classes in {data.root}")
 
-# %% [markdown]
-# Everything this run writes goes into one folder.
-
 # %%
 from emotion_transfer.runs import make_run_folder
+
+# %% [markdown]
+# Everything that this run writes goes here:
 
 # %%
 run_dir = make_run_folder(cfg, data)
@@ -49,17 +49,18 @@ data = checked.data
 print(f"{len(checked.bad)} images cannot be used and are left out")
 checked.bad
 
-# %% [markdown]
-# The bar chart shows how many images of each class there are in each split. Where classes differ
-# much, a network is tempted to ignore the rare ones; `BALANCE` decides what is done about it:
-# `"weights"` lets a rare class count more in the loss, `"sampler"` shows it more often, `"none"`
-# leaves things as they are.
-
 # %%
 from emotion_transfer.plots.style import save_figure
 
 # %%
 from emotion_transfer.plots.data import plot_class_distribution, plot_image_grid
+
+# %% [markdown]
+# ### How many of each class
+#
+# Where classes differ much in number, a network is tempted to ignore the rare ones. `BALANCE`
+# decides what is done about it: `"weights"` lets a rare class count more in the loss, `"sampler"`
+# shows it more often, `"none"` leaves things as they are.
 
 # %%
 from functools import partial

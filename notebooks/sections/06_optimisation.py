@@ -14,14 +14,14 @@ pd.Series(weights.numpy().round(3), index=list(data.classes), name="class weight
 # %%
 from emotion_transfer.schedule import schedule_table
 
+# %%
+from emotion_transfer.plots.training import plot_schedule
+
 # %% [markdown]
 # ### The plan, before training starts
 #
-# Head and backbone follow the same curve at very different heights. The dotted lines mark where the
-# next stages thaw and where mixing ends.
-
-# %%
-from emotion_transfer.plots.training import plot_schedule
+# Head and backbone follow the same curve at very different heights. Marked are the epochs at which
+# the next stages thaw, and those in which no images are mixed any more.
 
 # %%
 from emotion_transfer.config import thaw_epochs

@@ -1,6 +1,16 @@
 # %% [markdown]
 # ## 8. Training
 #
+# If this run was begun before, its checkpoints are here, and training goes on from the newest.
+
+# %%
+from emotion_transfer.checkpoint import list_checkpoints
+
+[path.name for path in list_checkpoints(run_dir / "checkpoints")]
+
+# %% [markdown]
+# ### Train
+#
 # Everything is in place. Interrupt this cell whenever you like (the stop button saves first) and
 # run it again: it goes on where it was. A run that is complete is loaded, not trained again.
 #

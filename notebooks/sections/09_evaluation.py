@@ -22,11 +22,6 @@ pd.DataFrame({name: {m: f"{e:.3f}" for m, e in found.items()} for name, found in
 # %% [markdown]
 # Each cell reads *value [low, high]*. The validation figures are a little too good, because the best
 # epoch was chosen by them; the test figures are the ones to quote, with their interval.
-#
-# ### Class by class
-#
-# Precision asks: of all images the network called *awe*, how many were? Recall asks: of all that
-# were, how many did it find? F1 is high only where both are.
 
 # %%
 from emotion_transfer.plots.evaluation import (
@@ -38,11 +33,20 @@ from emotion_transfer.plots.evaluation import (
     plot_reliability,
 )
 
+# %% [markdown]
+# ### Class by class
+#
+# Precision asks: of all images the network called *awe*, how many were? Recall asks: of all that
+# were, how many did it find? F1 is high only where both are.
+
 # %%
 from emotion_transfer.metrics import most_confused_pairs, per_class_table
 
 report = per_class_table(test.labels, test.predicted, data.classes)
 report.round(3)
+
+# %% [markdown]
+# The same as a picture; a class whose two marks lie far apart is called too often or too rarely.
 
 # %%
 keep_figure(plot_per_class(report), name="per_class")

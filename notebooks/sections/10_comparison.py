@@ -1,7 +1,7 @@
 # %% [markdown]
 # ## 10. Comparison
 #
-# Is the accuracy above good? Only a comparison tells.
+# Is the accuracy above a good one? Only a comparison tells.
 
 # %%
 from emotion_transfer.baselines import compare_models, published_accuracies, run_baseline
@@ -31,6 +31,7 @@ comparison.table()
 # their own: others measured them with other code.
 
 # %%
-accuracies = {name.replace("_", " "): found["accuracy"] for name, found in comparison.metrics.items()}
+measured = comparison.metrics.items()
+accuracies = {name.replace("_", " "): found["accuracy"] for name, found in measured}
 published = published_accuracies(data.classes, synthetic=data.synthetic)
 keep_figure(plot_comparison(accuracies, published), name="comparison")

@@ -4,6 +4,9 @@
 # %%
 from emotion_transfer.report import closing_text, summarise_run, write_summary
 
+# %% [markdown]
+# ### This run's summary
+
 # %%
 summary = summarise_run(cfg, data, result, metrics, comparison)
 write_summary(run_dir / "summary.json", summary)
