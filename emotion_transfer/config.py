@@ -176,6 +176,12 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+# %% [markdown]
+# `validate_config` applies these rules and a few that tie two settings together: the parts of an
+# accumulated batch must be equal, the stages must thaw in order, and the cache must hold images a
+# little larger than the network sees.
+
+
 # %%
 def validate_config(cfg: EnhancedConfig) -> None:
     """Raise ``ConfigError`` naming every impossible field of `cfg` and what is allowed."""
@@ -205,6 +211,10 @@ def validate_config(cfg: EnhancedConfig) -> None:
         )
 
 
+# %% [markdown]
+# One field at a time: is it of the right type, one of the choices, within its range?
+
+
 # %%
 def _field_problem(cfg: EnhancedConfig, name: str) -> str | None:
     value = getattr(cfg, name)
@@ -225,6 +235,10 @@ def _field_problem(cfg: EnhancedConfig, name: str) -> str | None:
         if not low <= value <= high:  # also refuses NaN
             return f"{name}={value!r} must lie between {low:g} and {high:g}"
     return None
+
+
+# %% [markdown]
+# The types are read from the annotations of the class, so they are written down once.
 
 
 # %%
@@ -309,6 +323,11 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
         return cfg.THAW_EPOCHS
     first = cfg.WARMUP_EPOCHS
     return first, first + max(0 if first == 0 else 1, round(cfg.EPOCHS / 4) - first)
+
+
+# %% [markdown]
+# Settings come in two kinds: those that shape what is learnt, and those that only say where files
+# go or how often something is reported. The first kind gives a run its identity, a hash.
 
 
 # %%
