@@ -100,6 +100,11 @@ def make_imagenet_model(name: str) -> nn.Module:
     return network
 
 
+# %% [markdown]
+# The packaged weights come under other names than timm's but in the same order. The file's
+# checksum and every shape are verified: tensors that merely *load* can still be in the wrong place.
+
+
 # %%
 def packaged_lite0_weights() -> dict[str, Tensor]:
     """ImageNet weights of EfficientNet-Lite0 from its package, under timm's names.
@@ -123,6 +128,11 @@ def packaged_lite0_weights() -> dict[str, Tensor]:
     return dict(zip(reference, tensors.values(), strict=True))
 
 
+# %% [markdown]
+# torchvision downloads a file once and keeps it in its cache. Where neither works, the message says
+# where a file could be put by hand.
+
+
 # %%
 def torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     """Weights from torchvision's enum by their name, downloaded once and then cached.
@@ -143,7 +153,9 @@ def torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
         )
     except Exception as error:  # an unpickler may raise anything on a damaged file
         if cache.exists():
-            raise WeightsError(f"{cache} is damaged ({error}); delete it") from error
+            raise WeightsError(
+                f"{cache} is damaged or holds more than tensors; delete it"
+            ) from error
         raise WeightsUnavailable(
             f"the ImageNet weights of {name} are not in {cache} and could not be downloaded "
             f"({error}). Download {chosen.url} elsewhere and put it there, set WEIGHTS to a local "
@@ -151,6 +163,11 @@ def torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
             "WEIGHTS=None trains from random weights, which needs far more data"
         ) from error
     return state
+
+
+# %% [markdown]
+# And one function that decides between the sources: a local file first, then the package, then
+# torchvision.
 
 
 # %%
@@ -167,7 +184,9 @@ def imagenet_weights(name: str, weights: str) -> dict[str, Tensor]:
                 return load_file(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # an unpickler may raise anything on a damaged file
-            raise WeightsError(f"{file} cannot be loaded safely: {error}") from error
+            raise WeightsError(
+                f"{file} cannot be loaded safely: it is damaged or holds more than tensors"
+            ) from error
         found = state.get("state_dict", state) if isinstance(state, dict) else None
         if not isinstance(found, dict):
             raise WeightsError(f"{file} holds no state dict")
@@ -195,7 +214,7 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
         state = imagenet_weights(name, weights)
         try:
             network.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:  # the last: odd keys
+        except (RuntimeError, TypeError, AttributeError) as error:  # odd keys or values
             raise WeightsError(f"WEIGHTS={weights!r} do not fit {name}: {error}") from error
     output = "fc" if name == "resnet50" else "classifier"
     setattr(network, output, nn.Identity())
@@ -244,6 +263,11 @@ def make_head(features: int, classes: int, dropout: float, kind: str) -> nn.Sequ
         width //= 2
     layers["output"] = nn.Linear(width, classes)
     return nn.Sequential(layers)
+
+
+# %% [markdown]
+# Backbone and head together are the classifier. It knows its stages by name, which is all that
+# freezing and thawing need.
 
 
 # %%
@@ -303,7 +327,7 @@ def read_initial_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return saved["model"], list(saved["classes"])
     except Exception as error:  # an unpickler may raise anything on a damaged file
         raise WeightsError(
-            f"INIT_FROM={path} is neither an export folder nor a best-*.pt: {error}"
+            f"INIT_FROM={path} is neither a sound export folder nor a sound best-*.pt"
         ) from error
 
 
@@ -322,7 +346,7 @@ def load_initial_weights(
         raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} has the classes {names}, not {classes}")
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} does not fit: {error}") from error
     return model
 
@@ -372,6 +396,10 @@ def set_training_mode(cfg: EnhancedConfig, model: EmotionClassifier, epoch: int)
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     """The BatchNorm layers in `module`."""
     return (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+# %% [markdown]
+# How large is each stage, and when does it start to train? The table below is made by this:
 
 
 # %%
