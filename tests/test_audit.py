@@ -1,0 +1,131 @@
+"""The audit: look-alikes, contradictions, gaps and flat images."""
+
+import dataclasses
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+from emotion_transfer.audit import (
+    audit_data,
+    close_pairs,
+    pair_pictures,
+    perceptual_hashes,
+    show_audit,
+)
+from emotion_transfer.cache import check_images
+from emotion_transfer.config import EnhancedConfig, make_config
+from emotion_transfer.data import load_data
+from emotion_transfer.loader import EmotionDataset, make_datasets
+
+
+def scene(seed: int, size: int = 96) -> Image.Image:
+    """A picture of coarse random shapes, unlike that of any other seed."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (size, size), tuple(rng.integers(0, 255, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y = rng.integers(0, size, 2).tolist()
+        w, h = rng.integers(10, 50, 2).tolist()
+        draw.ellipse((x, y, x + w, y + h), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    return image
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> tuple[EnhancedConfig, dict[str, EmotionDataset]]:
+    """Unrelated scenes, and: scene 0 brightened in test under another label, a flat image."""
+    images = {
+        "train": [(scene(i), "calm") for i in range(6)] + [(scene(i), "wild") for i in range(6, 9)],
+        "val": [(scene(20), "calm"), (Image.new("RGB", (96, 96), "navy"), "wild")],
+        "test": [(scene(30), "calm"), (scene(0).point(lambda v: min(255, v + 12)), "wild")],
+    }
+    for split, rows in images.items():
+        lines = ["path,label"]
+        for number, (image, label) in enumerate(rows):
+            (tmp_path / split).mkdir(exist_ok=True)
+            image.save(tmp_path / split / f"{number}.jpg", quality=85)
+            lines.append(f"{split}/{number}.jpg,{label}")
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    cfg = make_config(
+        {"DATA_ROOT": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache"), "IMG_SIZE": 64}
+    )
+    return cfg, make_datasets(cfg, check_images(cfg, load_data(cfg)))
+
+
+def test_hashes_are_those_of_imagehash(
+    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+) -> None:
+    train = audited[1]["train"]
+    hashes = perceptual_hashes(train, batch=4)
+    for position in range(len(train)):
+        pixels = train.pixels.gather(np.array([position]))[0]
+        assert f"{int(hashes[position]):016x}" == str(imagehash.phash(Image.fromarray(pixels)))
+
+
+def test_close_pairs_equal_a_plain_double_loop() -> None:
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    hashes[7], hashes[50] = hashes[3], hashes[41] ^ np.uint64(0b1011)
+    expected = {
+        (i, j, (int(hashes[i]) ^ int(hashes[j])).bit_count())
+        for i in range(60)
+        for j in range(i + 1, 60)
+        if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 20
+    }
+    for chunk in (1, 7, 60, 100):
+        assert set(map(tuple, close_pairs(hashes, 20, chunk).tolist())) == expected
+    assert {(3, 7, 0), (41, 50, 3)} <= expected
+
+
+def test_finds_the_planted_copy_and_the_flat_image_and_nothing_else(
+    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+) -> None:
+    audit = audit_data(*audited)
+    pair = audit.leaks.iloc[0]
+    assert len(audit.pairs) == len(audit.leaks) == len(audit.contradictions) == 1
+    assert (pair["file_a"], pair["file_b"]) == ("train/0.jpg", "test/1.jpg")
+    assert (pair["row_a"], pair["row_b"]) == (2, 3)
+    assert audit.odd["file"].tolist() == ["val/1.jpg"]
+    text = "\n".join(show_audit(audit))
+    assert "train/0.jpg (train row 2, calm) and test/1.jpg (test row 3, wild)" in text
+    assert "different labels" in text and "contrast" in text
+
+
+def test_pictures_of_a_pair_are_its_images(
+    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+) -> None:
+    datasets = audited[1]
+    pictures, titles = pair_pictures(datasets, audit_data(*audited).leaks)
+    assert titles == ["train row 2: calm", "test row 3: wild"]
+    np.testing.assert_array_equal(pictures[1], datasets["test"].pixels.gather(np.array([1]))[0])
+
+
+def test_names_a_class_that_a_split_lacks_and_extreme_imbalance(
+    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+) -> None:
+    cfg, datasets = audited
+    val = datasets["val"]
+    only = dataclasses.replace(val.split, labels=np.zeros(len(val), np.int64))
+    changed = datasets | {"val": EmotionDataset(only, val.classes, val.pixels)}
+    assert any("val has no image of wild" in note for note in audit_data(cfg, changed).notes)
+
+    class Repeated:
+        def gather(self, index: np.ndarray) -> np.ndarray:
+            return np.stack([np.asarray(scene(int(i)).resize((73, 73))) for i in index])
+
+    labels = np.array([0] * 42 + [1] * 2)
+    split = dataclasses.replace(
+        val.split, labels=labels, files=[f"{i}.jpg" for i in range(44)], rows=np.arange(2, 46)
+    )
+    skewed = {"train": EmotionDataset(split, val.classes, Repeated())}
+    assert "train: the largest class has 42 images, the smallest 2" in audit_data(cfg, skewed).notes
+
+
+def test_a_clean_set_says_so(audited: tuple[EnhancedConfig, dict[str, EmotionDataset]]) -> None:
+    cfg, datasets = audited
+    audit = audit_data(cfg, {"train": datasets["train"]})
+    assert audit.notes == ["nothing suspicious was found"]
+    assert isinstance(audit.pairs, pd.DataFrame) and audit.pairs.empty
