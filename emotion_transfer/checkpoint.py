@@ -2,9 +2,10 @@
 
 import hashlib
 import io
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,31 +116,71 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The newest sound checkpoint in `folder`, or None where there is none at all.
 
+    One whose best model is damaged is passed over like a damaged one, while another is left.
+
     Raises:
-        CheckpointError: if there are checkpoints and every one is damaged.
+        CheckpointError: if there are checkpoints and none can be used.
     """
-    damaged: list[Path] = []
+    refused: list[Path] = []
+    spare: tuple[int, dict[str, Any]] | None = None  # sound but for its best model
     for path in list_checkpoints(folder):
+        payload = None
         try:
-            payload = load_verified(path)
+            payload = load_state(path)
             if payload["best_file"]:
                 load_verified(folder / payload["best_file"])
         except CheckpointError as error:
             print(f"{error}; trying the checkpoint before it")
-            damaged.append(path)
+            if payload is not None and spare is None:
+                spare = len(refused), payload
+            refused.append(path)
             continue
-        for bad in damaged:  # out of the way, so that it counts as one of the last no more
-            bad.rename(bad.with_suffix(".damaged"))
+        set_aside(refused)
         return payload
-    if damaged:
+    if spare is not None:
+        set_aside(refused[: spare[0]])
+        return forget_best(folder, spare[1])
+    if refused:
         raise CheckpointError(
-            f"all {len(damaged)} checkpoints in {folder} are damaged; delete it to start anew"
+            f"all {len(refused)} checkpoints in {folder} are damaged; delete it to start anew"
         )
     return None
 
 
+def load_state(path: Path) -> dict[str, Any]:
+    """A verified checkpoint; raises ``CheckpointError`` also for other content under its name."""
+    payload = load_verified(path)
+    if not isinstance(payload, dict) or "best_file" not in payload:
+        raise CheckpointError(f"{path} holds something else than a checkpoint")
+    return payload
+
+
+def set_aside(paths: Sequence[Path]) -> None:
+    """Rename checkpoints that cannot be used, so that they count among the last no more."""
+    for path in paths:
+        path.rename(path.with_suffix(".damaged"))
+
+
 # %% [markdown]
-# Old files go only after the new one is safely there.
+# A run that has lost nothing but its best model goes on and looks for another. One that was
+# complete has nothing left to look for.
+
+
+# %%
+def forget_best(folder: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """`payload` as that of a run without a best model; raises ``CheckpointError`` if it is over."""
+    if payload["finished"]:
+        raise CheckpointError(
+            f"the run in {folder} is complete but its best model {payload['best_file']} is "
+            "damaged; delete the folder to train anew"
+        )
+    print("no best model is left; training goes on, and the best of the epochs to come counts")
+    return {**payload, "best_file": None, "best_score": -math.inf}
+
+
+# %% [markdown]
+# Old files go once a new one is safe: checkpoints beyond the last few, and best models that none
+# of those left refers to.
 
 
 # %%
@@ -147,18 +188,21 @@ def save_checkpoint(folder: Path, payload: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint for the position in `payload`, then remove what it makes superfluous."""
     stem = f"epoch{payload['epoch']:03d}-step{payload['step']:06d}"
     path = save_with_digest(folder, stem, payload)
-    for old in list_checkpoints(folder)[keep:]:
+    found = list_checkpoints(folder)
+    for old in found[keep:]:
         old.unlink(missing_ok=True)
-    for old in superfluous_bests(folder, payload["best_file"], keep):
-        old.unlink(missing_ok=True)
+    needed = {payload["best_file"], *(best_of(kept) for kept in found[:keep] if kept != path)}
+    for best in folder.glob("best-*.pt"):
+        if BEST_NAME.fullmatch(best.name) and best.name not in needed:
+            best.unlink(missing_ok=True)
     return path
 
 
-def superfluous_bests(folder: Path, current: str | None, keep: int) -> list[Path]:
-    """Best models that none of the last `keep` checkpoints refers to.
-
-    One epoch makes one best model at most, so the last `keep` of them are enough.
-    """
-    found = {p: int(m[1]) for p in folder.glob("best-*.pt") if (m := BEST_NAME.fullmatch(p.name))}
-    ranked = sorted(found, key=lambda p: (p.name == current, found[p]), reverse=True)
-    return ranked[keep:]
+def best_of(path: Path) -> str | None:
+    """The best model that a checkpoint refers to; its tensors are not read."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        name: str | None = payload["best_file"]
+    except Exception:  # damaged, so it needs nothing
+        return None
+    return name
