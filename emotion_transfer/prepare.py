@@ -98,8 +98,8 @@ def _too_few(source: Source, labels: Any, part: str, reason: str) -> DataError:
     number, smallest = min((n, name) for name, n in Counter(labels.tolist()).items())
     return DataError(
         f"{source.origin} has too few images to split by label ({reason.rstrip('.')}). The "
-        f"smallest class, {smallest}, has {number}; add some, remove it, or give {part} a larger "
-        "share, e.g. --split 70 15 15"
+        f"smallest class, {smallest}, has {number}, copies aside; add some, remove it, or give "
+        f"{part} a larger share, e.g. --split 70 15 15"
     )
 
 

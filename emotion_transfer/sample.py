@@ -140,7 +140,7 @@ def _paint_awe(rng: Rng, size: tuple[int, int]) -> Image.Image:
 
 
 def _paint_contentment(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, layers, light = rng.uniform(0.08, 0.62), rng.integers(2, 5), rng.choice([0.65, 1.0])
+    hue, layers, light = rng.uniform(0.08, 0.62), rng.integers(2, 5), rng.choice([0.75, 1.0])
     image = _gradient(
         size, _tint(rng, 0.55, 0.3, 0.9 * light), _tint(rng, 0.12, 0.25, 0.95 * light)
     )
@@ -192,7 +192,9 @@ def _paint_fear(rng: Rng, size: tuple[int, int]) -> Image.Image:
     night, bark = rng.choice([[0.2, 0.6], [0.15, 0.5], [0.6, 0.15]])  # the last: dark in the fog
     image = _gradient(size, _tint(rng, hue, 0.35, night), _tint(rng, hue, 0.4, 0.5 * night))
     draw, pale = ImageDraw.Draw(image), _tint(rng, hue, 0.15, bark)
-    tips = [(rng.uniform(0, width), float(height), -1.6, 0.3) for _ in range(rng.integers(1, 4))]
+    tips = [
+        (rng.uniform(0.1, 0.9) * width, float(height), -1.6, 0.3) for _ in range(rng.integers(1, 4))
+    ]
     while tips:
         x, y, turn, length = tips.pop()
         end = x + length * height * math.cos(turn), y + length * height * math.sin(turn)

@@ -1,0 +1,595 @@
+"""``prepare``: EmoSet folders, class folders and CSVs become the notebook's data folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from emotion_transfer import prepare as prepare_module
+from emotion_transfer.config import make_config, project_root
+from emotion_transfer.data import DataError, load_data
+from emotion_transfer.prepare import main, overrides_for, prepare
+from emotion_transfer.sample import MIKELS_CLASSES, draw_sample
+
+NUMBERS = iter(range(10**9))
+
+
+def draw(path: Path, size: tuple[int, int] = (12, 9)) -> Path:
+    """A small image that no other one equals."""
+    number = next(NUMBERS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, (number % 256, number // 256 % 256, number // 65536))
+    image.putpixel((0, 0), (255, 255, 255))
+    image.save(path)
+    return path
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {
+        split: pd.read_csv(folder / f"{split}.csv", dtype=str, keep_default_na=False)
+        for split in ("train", "val", "test")
+    }
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def emoset(root: Path, fields: int, each: int = 2) -> Path:
+    """A folder in the official form, `each` images a class and split; rows have 3 or 4 fields."""
+    names = list(MIKELS_CLASSES)
+    info = {"emotion": {"label2idx": {name: i for i, name in enumerate(names)}}}
+    root.mkdir(parents=True)
+    (root / "info.json").write_text(json.dumps(info))
+    number = 0
+    for split in ("train", "val", "test"):
+        rows = []
+        for label in sorted(names):
+            for _ in range(each):
+                stem = f"{label}_{number:05d}"
+                image, note = f"image/{label}/{stem}.jpg", f"annotation/{label}/{stem}.json"
+                draw(root / image)
+                (root / note).parent.mkdir(parents=True, exist_ok=True)
+                content = {"image_id": stem, "emotion": label, "brightness": 0.4}
+                content |= {"colorfulness": 0.7, "scene": "beach", "object": ["Ball", "Dog"]}
+                (root / note).write_text(json.dumps(content))
+                rows.append([label, *([stem] if fields == 4 else []), image, note])
+                number += 1
+        (root / f"{split}.json").write_text(json.dumps(rows))
+    return root
+
+
+def change(file: Path, edit: Callable[[Any], Any]) -> None:
+    """Replace the JSON in `file` by what `edit` makes of it."""
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+
+
+def class_tree(root: Path, **numbers: int) -> Path:
+    """`root/<class>/<i>.png`; a double underscore in a name stands for a slash."""
+    for name, number in numbers.items():
+        for i in range(number):
+            draw(root / name.replace("__", "/") / f"{i:03d}.png")
+    return root
+
+
+# --- the official folder ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [3, 4])
+def test_emoset_keeps_splits_order_and_attributes(tmp_path: Path, fields: int) -> None:
+    root = emoset(tmp_path / "EmoSet-118K", fields)
+    stats = prepare(root, tmp_path / "out")
+    for split, table in tables(tmp_path / "out").items():
+        official = json.loads((root / f"{split}.json").read_text())
+        assert table["path"].tolist() == [row[-2] for row in official]
+        assert table["label"].tolist() == [row[0] for row in official]
+        extra = ["brightness", "colorfulness", "scene_type", "object"]
+        assert (table[extra] == ["0.4", "0.7", "beach", "Ball|Dog"]).all(axis=None)
+        assert (table[["facial_expression", "human_action"]] == "").all(axis=None)
+    assert list(json.loads((tmp_path / "out/label_map.json").read_text())) == list(MIKELS_CLASSES)
+    assert stats["images_root"] == root.as_posix()
+    assert stats["counts"]["val"] == dict.fromkeys(MIKELS_CLASSES, 2)
+
+
+def test_emoset_rows_may_name_the_annotation_first(tmp_path: Path) -> None:
+    root = emoset(tmp_path / "e", 3)
+    change(root / "val.json", lambda rows: [[a, c, b] for a, b, c in rows])
+    prepare(root, tmp_path / "out")
+    assert tables(tmp_path / "out")["val"]["path"].str.endswith(".jpg").all()
+
+
+def test_the_notebook_reads_what_was_written(tmp_path: Path) -> None:
+    root = emoset(tmp_path / "e", 3)
+    stats = prepare(root, tmp_path / "out")
+    data = load_data(make_config(overrides_for(tmp_path / "out", stats["images_root"])))
+    assert data.classes == MIKELS_CLASSES
+    assert not data.synthetic
+    assert all(split.path(i).is_file() for split in data.splits.values() for i in range(len(split)))
+
+
+EMOSET_FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no info", lambda r: (r / "info.json").unlink(), r"lacks info\.json.*JingyuanYY/EmoSet"),
+    ("no split", lambda r: (r / "val.json").unlink(), r"lacks val\.json"),
+    (
+        "short row",
+        lambda r: change(r / "train.json", lambda rows: [*rows[:4], rows[4][:2], *rows[5:]]),
+        r"train\.json row 5 should be three texts",
+    ),
+    (
+        "long row",
+        lambda r: change(r / "test.json", lambda rows: [[*rows[0], "x", "y"], *rows[1:]]),
+        r"test\.json row 1 should be",
+    ),
+    (
+        "number in a row",
+        lambda r: change(r / "test.json", lambda rows: [[rows[0][0], 7, rows[0][2]]]),
+        r"test\.json row 1 should be",
+    ),
+    (
+        "unknown label",
+        lambda r: change(r / "val.json", lambda rows: [rows[0], ["joy", *rows[1][1:]]]),
+        r"val\.json row 2 has the unknown label 'joy'; info\.json knows amusement",
+    ),
+    (
+        "no image named",
+        lambda r: change(r / "val.json", lambda rows: [[rows[0][0], "a", "b.json"]]),
+        r"val\.json row 1 should name one image",
+    ),
+    (
+        "image listed twice",
+        lambda r: change(r / "val.json", lambda rows: [rows[0], rows[1], rows[0]]),
+        r"val\.json row 3 lists image/\S+ again, after \S+val\.json row 1",
+    ),
+    ("empty split", lambda r: (r / "test.json").write_text("[]"), r"test\.json must hold"),
+    ("cut off", lambda r: (r / "test.json").write_text("[["), r"test\.json cannot be read as JSON"),
+    ("bad info", lambda r: (r / "info.json").write_text("{}"), r"info\.json has no usable"),
+    (
+        "missing annotation",
+        lambda r: shutil.rmtree(r / "annotation/awe"),
+        r"train\.json row 5: .*awe_00004\.json is missing.*--no-attributes",
+    ),
+    (
+        "missing image",
+        lambda r: shutil.rmtree(r / "image/awe"),
+        r"train\.json row 5: the image .*awe_00004\.jpg is missing \(6 of 48 are\).*--skip-missing",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(d, m) for _, d, m in EMOSET_FAULTS],
+    ids=[n for n, _, _ in EMOSET_FAULTS],
+)
+def test_emoset_faults_name_file_row_and_fix(
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = emoset(tmp_path / "e", 3)
+    damage(root)
+    with pytest.raises(DataError, match=message):
+        prepare(root, tmp_path / "out")
+    assert main([str(root), "--output", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"e"}
+
+
+def test_annotations_can_be_left_out(tmp_path: Path) -> None:
+    root = emoset(tmp_path / "e", 4)
+    shutil.rmtree(root / "annotation")
+    prepare(root, tmp_path / "out", attributes=False)
+    assert list(tables(tmp_path / "out")["train"].columns) == ["path", "label"]
+
+
+def test_missing_images_can_be_left_out(tmp_path: Path) -> None:
+    root = emoset(tmp_path / "e", 3)
+    lost = sorted((root / "image/awe").iterdir())[0]
+    lost.unlink()
+    stats = prepare(root, tmp_path / "out", skip_missing=True)
+    assert stats["left_out_missing"] == 1
+    assert stats["counts"]["train"]["awe"] == 1
+    assert lost.name not in tables(tmp_path / "out")["train"]["path"].str.cat()
+
+
+@pytest.mark.parametrize("given", [".", "EmoSet-118K/image"])
+def test_a_folder_just_off_emoset_points_to_it(tmp_path: Path, given: str) -> None:
+    root = emoset(tmp_path / "EmoSet-118K", 3)
+    with pytest.raises(DataError, match=f"give {root}$"):
+        prepare(tmp_path / given, tmp_path / "out")
+
+
+# --- class folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+def test_split_class_folders_are_taken_as_they_are(tmp_path: Path, val: str) -> None:
+    root = class_tree(tmp_path / "set", train__cat=3, train__dog=2, test__cat=1, test__dog=1)
+    draw(root / val / "cat" / "deeper" / "x.JPG")
+    (root / "train/cat/notes.txt").write_text("no image")
+    (root / "train/.cache").mkdir()
+    stats = prepare(root, tmp_path / "out")
+    assert stats["counts"]["train"] == {"cat": 3, "dog": 2}
+    assert tables(tmp_path / "out")["val"].to_numpy().tolist() == [
+        [f"{val}/cat/deeper/x.JPG", "cat"]
+    ]
+
+
+def test_unsplit_folders_are_split_by_label_without_leak_or_loss(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=100, dog=60, eel=40)
+    prepare(root, tmp_path / "out", seed=3)
+    found = tables(tmp_path / "out")
+    assert {split: len(table) for split, table in found.items()} == {
+        "train": 160, "val": 10, "test": 30
+    }  # fmt: skip
+    for split, share in (("train", 0.8), ("val", 0.05), ("test", 0.15)):
+        counts = found[split]["label"].value_counts()
+        np.testing.assert_allclose(
+            [counts["cat"], counts["dog"], counts["eel"]], share * np.array([100, 60, 40]), atol=1
+        )
+    paths = pd.concat(found.values())["path"]
+    assert sorted(paths) == sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
+
+
+def test_the_split_is_scikit_learns(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=40, dog=25)
+    prepare(root, tmp_path / "out", shares=(70, 15, 15), seed=11)
+    paths = np.array(sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png")))
+    labels = np.array([path.split("/")[0] for path in paths])
+    rest, test = train_test_split(np.arange(65), test_size=10, stratify=labels, random_state=11)
+    train, val = train_test_split(rest, test_size=10, stratify=labels[rest], random_state=11)
+    found = tables(tmp_path / "out")
+    for split, chosen in (("train", train), ("val", val), ("test", test)):
+        assert sorted(found[split]["path"]) == sorted(paths[chosen])
+
+
+def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=30, dog=30)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        prepare(root, tmp_path / name, seed=seed)
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert everything(tmp_path / "a")["test.csv"] != everything(tmp_path / "c")["test.csv"]
+
+
+def test_identical_images_stay_in_one_split(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=40, dog=40)
+    for original in sorted((root / "cat").iterdir()):
+        shutil.copyfile(original, original.with_name(f"copy-{original.name}"))
+    rng = np.random.default_rng(0)  # the same long start and length, another end
+    big = Image.fromarray(rng.integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    for i in range(20):
+        big.putpixel((89, 89), (i, 0, 0))
+        big.save(root / "dog" / f"big{i}.bmp")
+    stats = prepare(root, tmp_path / "out", seed=5)
+    where = {p: s for s, table in tables(tmp_path / "out").items() for p in table["path"]}
+    originals = [p for p in where if p.startswith("cat/") and "copy" not in p]
+    assert all(where[p] == where[p.replace("cat/", "cat/copy-")] for p in originals)
+    assert {where[p] for p in originals} == {"train", "val", "test"}
+    assert stats["split"].endswith("40 identical copies kept with their twins")
+
+
+def test_val_is_taken_out_of_training_where_only_it_lacks(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", train__cat=51, train__dog=34, test__cat=5, test__dog=5)
+    stats = prepare(root, tmp_path / "out")
+    assert stats["counts"] == {
+        "train": {"cat": 48, "dog": 32}, "val": {"cat": 3, "dog": 2}, "test": {"cat": 5, "dog": 5}
+    }  # fmt: skip
+    assert "5.9% of train made val" in stats["split"]
+
+
+def test_class_order(tmp_path: Path) -> None:
+    prepare(class_tree(tmp_path / "e", **dict.fromkeys(sorted(MIKELS_CLASSES), 20)), tmp_path / "a")
+    prepare(class_tree(tmp_path / "o", zebra=20, ape=20), tmp_path / "b")
+    orders = [list(json.loads((tmp_path / n / "label_map.json").read_text())) for n in "ab"]
+    assert orders == [list(MIKELS_CLASSES), ["ape", "zebra"]]
+
+
+FOLDER_FAULTS: list[tuple[str, dict[str, int], str | None, str]] = [
+    ("empty", {}, None, "holds no images in class folders|fewer than two classes"),
+    ("one class", {"cat": 5}, None, r"fewer than two classes to train on \(cat\)"),
+    ("loose image", {"cat": 2, "dog": 2}, "x.jpg", r"x\.jpg lies in no class folder"),
+    ("loose in a split", {"train__a": 2, "test__a": 1}, "train/x.png", r"x\.png lies in no class"),
+    ("stray folder", {"train__a": 1, "more__a": 1}, None, r"more lies beside train/"),
+    ("two vals", {"train__a": 1, "val__a": 1, "valid__a": 1}, None, r"\(val, valid\)"),
+    ("no test", {"train__a": 9, "train__b": 9, "val__a": 1}, None, "has no images for test"),
+    ("new label", {"train__a": 1, "train__b": 1, "val__c": 1}, None, "unknown label 'c'"),
+    ("tiny class", {"a": 50, "b": 1}, None, "too few images to split.* b, has 1, .*--split"),
+    ("tiny val", {"a": 12, "b": 12}, None, "too few images to split"),
+    ("absent class", {"a": 200, "b": 4}, None, "b would be absent in"),
+]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "extra", "message"),
+    [fault[1:] for fault in FOLDER_FAULTS],
+    ids=[fault[0] for fault in FOLDER_FAULTS],
+)
+def test_folder_faults(
+    tmp_path: Path, numbers: dict[str, int], extra: str | None, message: str
+) -> None:
+    root = class_tree(tmp_path / "set", **numbers)
+    root.mkdir(exist_ok=True)
+    if extra:
+        draw(root / extra)
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(root, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_notebooks_form_is_named_as_such(tmp_path: Path) -> None:
+    root = draw_sample(tmp_path / "s", counts={"train": 1, "val": 1, "test": 1}, size=24)
+    stats = prepare(root, tmp_path / "out")  # its own split/class folders serve as a source
+    assert stats["counts"]["val"] == dict.fromkeys(MIKELS_CLASSES, 1)
+    for split in ("train", "val", "test"):
+        shutil.rmtree(root / split)
+    with pytest.raises(DataError, match="in the notebook's form already; set DATA_ROOT"):
+        prepare(root, tmp_path / "out2")
+
+
+def test_what_is_neither_folder_nor_csv(tmp_path: Path) -> None:
+    (tmp_path / "e.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="unpack"):
+        prepare(tmp_path / "e.zip", tmp_path / "out")
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(DataError, match="--images-root is for a CSV"):
+        prepare(tmp_path, tmp_path / "out", images_root=tmp_path)
+
+
+# --- a CSV --------------------------------------------------------------------------------------
+
+
+def csv_set(root: Path, text: str) -> Path:
+    """A CSV at root/list.csv, and each .png it names, if relative, in root."""
+    root.mkdir(exist_ok=True)
+    for word in text.replace("\n", ",").split(","):
+        if word.endswith(".png") and not Path(word).is_absolute():
+            draw(root / word.replace("\\", "/"))
+    (root / "list.csv").write_text(text, encoding="utf-8")
+    return root / "list.csv"
+
+
+@pytest.mark.parametrize("path", ["path", "image_path", "filepath", "file"])
+@pytest.mark.parametrize("label", ["label", "emotion", "class"])
+def test_csv_columns_and_splits(tmp_path: Path, path: str, label: str) -> None:
+    lines = [f"{path},rater,{label},split", "a.png,1,NA,train", "b.png,,1,Train"]
+    lines += ["sub\\c.png,3,NA,validation", "d.png,4,1,test"]
+    prepare(csv_set(tmp_path / "in", "\n".join(lines)), tmp_path / "out")
+    found = tables(tmp_path / "out")
+    assert list(found["train"].columns) == ["path", "label", "rater"]
+    assert found["train"].to_numpy().tolist() == [["a.png", "NA", "1"], ["b.png", "1", ""]]
+    assert found["val"].to_numpy().tolist() == [["sub/c.png", "NA", "3"]]
+    assert list(json.loads((tmp_path / "out/label_map.json").read_text())) == ["1", "NA"]
+
+
+def test_csv_without_split_is_split_here(tmp_path: Path) -> None:
+    rows = [f"{name}{i}.png,{name}" for name in ("x", "y") for i in range(40)]
+    prepare(csv_set(tmp_path / "in", "\n".join(["path,label", *rows])), tmp_path / "out")
+    found = tables(tmp_path / "out")
+    assert [len(found[s]) for s in ("train", "val", "test")] == [64, 4, 12]
+    assert found["test"]["label"].value_counts().to_dict() == {"x": 6, "y": 6}
+
+
+def test_csv_paths_may_start_elsewhere_or_be_absolute(tmp_path: Path) -> None:
+    images = class_tree(tmp_path / "pictures", x=3, y=3)
+    kinds = ["train", "val", "test"]
+    relative = [f"{c}/00{i}.png,{c},{kinds[i]}" for c in "xy" for i in range(3)]
+    (tmp_path / "r.csv").write_text("\n".join(["path,label,split", *relative]))
+    (tmp_path / "a.csv").write_text(
+        "\n".join(["path,label,split", *(f"{images}/{row}" for row in relative)])
+    )
+    (tmp_path / "lists").mkdir()
+    shutil.move(tmp_path / "a.csv", tmp_path / "lists/a.csv")
+    one = prepare(tmp_path / "r.csv", tmp_path / "o1", images_root=images)
+    two = prepare(tmp_path / "lists/a.csv", tmp_path / "o2")
+    assert one["images_root"] == two["images_root"] == images.as_posix()
+    assert everything(tmp_path / "o1")["val.csv"] == everything(tmp_path / "o2")["val.csv"]
+
+
+CSV_FAULTS = [
+    ("path,mood\na.png,x\n", "has no column label or emotion or class; it has: path, mood"),
+    ("name,label\na.png,x\n", "has no column path or image_path"),
+    ("path,label\n", "lists no image"),
+    ("", "cannot be read as a UTF-8 CSV"),
+    ("path,label\na.png,x\nb.png,\n", r"list\.csv row 3 has no label"),
+    ("path,label\na.png,x\n ,y\n", r"list\.csv row 3 has no path"),
+    ("path,label\na.png,x\nb.png,y\n./a.png,x\n", r"row 4 lists a\.png again, after \S+ row 2"),
+    ("path,label,split\na.png,x,train\nb.png,y,later\n", r"row 3 has the split 'later'; write"),
+    ("path,label,split\na.png,x,train\nb.png,y,test\n", "fewer than two classes to train on"),
+    (
+        "path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\nd.png,x,test\n",
+        r"row 4 has the unknown label 'z'.*known: x, y",
+    ),
+    (
+        "path,label,split\na.png,x,train\nb.png,y,train\nc.jpg,x,val\nd.png,x,test\n",
+        r"list\.csv row 4: the image \S+c\.jpg is missing \(1 of 4 are\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), CSV_FAULTS)
+def test_csv_faults_name_the_row(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(csv_set(tmp_path / "in", text), tmp_path / "out")
+
+
+def test_a_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes("path,label\na.png,fröhlich\n".encode("latin-1"))
+    with pytest.raises(DataError, match="cannot be read as a UTF-8 CSV"):
+        prepare(tmp_path / "l.csv", tmp_path / "out")
+
+
+# --- images and output --------------------------------------------------------------------------
+
+
+def test_reference_is_relative_where_the_output_lies_above(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set" / "raw", cat=30, dog=30)
+    for output, prefix in ((tmp_path / "set", "raw/"), (root, "")):
+        stats = prepare(root, output)
+        assert stats["images_root"] == "."
+        table = tables(output)["train"]
+        assert table["path"].str.startswith(prefix + ("cat/", "dog/")[0]).any()
+        assert all((output / path).is_file() for path in table["path"])
+    assert len(list(root.rglob("*.png"))) == 60
+
+
+@pytest.mark.parametrize("images", ["copy", "link"])
+def test_images_can_be_brought_along(tmp_path: Path, images: str) -> None:
+    root = class_tree(tmp_path / "set", cat=30, dog=30)
+    stats = prepare(root, tmp_path / "out", images=images)
+    assert stats["images_root"] == "."
+    for table in tables(tmp_path / "out").values():
+        for path in table["path"]:
+            brought = tmp_path / "out" / path
+            assert brought.is_symlink() == (images == "link")
+            assert brought.read_bytes() == (root / path.removeprefix("images/")).read_bytes()
+    again = prepare(root, tmp_path / "out", images=images)  # its own images may be replaced
+    assert again == stats
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "images", "label_map.json", "stats.json", "test.csv", "train.csv", "val.csv"
+    ]  # fmt: skip
+
+
+def test_images_are_not_copied_into_or_over_themselves(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=30, dog=30)
+    for output in (root, root / "out", tmp_path):
+        with pytest.raises(DataError, match="lie in one another"):
+            prepare(root, output, images="copy")
+    class_tree(tmp_path / "out" / "images", cat=1)
+    with pytest.raises(DataError, match="was not written by this command"):
+        prepare(root, tmp_path / "out", images="link")
+    assert (tmp_path / "out/images/cat/000.png").is_file()
+
+
+def test_copies_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = class_tree(tmp_path / "set", cat=30, dog=30)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match="0.0 GB are free"):
+        prepare(root, tmp_path / "out", images="copy")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_another_set_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    one = class_tree(tmp_path / "one", cat=30, dog=30)
+    two = class_tree(tmp_path / "two", ape=30, bee=30)
+    out = tmp_path / "out"
+    prepare(one, out)
+    (out / "notes.txt").write_text("mine")
+    before = everything(out)
+    prepare(one, out)  # the same again
+    assert everything(out) == before
+    with pytest.raises(DataError, match=r"holds another data set already \(label_map.*--overwrite"):
+        prepare(two, out)
+    assert everything(out) == before
+    prepare(two, out, overwrite=True)
+    assert list(json.loads((out / "label_map.json").read_text())) == ["ape", "bee"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not [p for p in out.iterdir() if p.name.startswith(".prepare")]
+
+
+def test_an_interrupted_overwrite_never_leaves_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare(class_tree(tmp_path / "one", cat=30, dog=30), out)
+    replace, calls = Path.replace, []
+
+    def fail_third(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError("the disk is gone")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_third)
+    with pytest.raises(OSError, match="disk is gone"):
+        prepare(class_tree(tmp_path / "two", ape=30, bee=30), out, overwrite=True)
+    with pytest.raises(DataError, match=r"lacks train\.csv"):
+        load_data(make_config({"DATA_ROOT": str(out)}))
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match="is a file; give a folder"):
+        prepare(class_tree(tmp_path / "set", cat=30, dog=30), tmp_path / "out")
+
+
+def test_stats_describe_the_images(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", train__a=2, train__b=1, val__a=1, test__a=1)
+    draw(root / "train/a/large.jpg", (64, 48))
+    (root / "train/b/broken.jpg").write_bytes(b"not an image")
+    stats = prepare(root, tmp_path / "out")
+    assert stats["image_sizes"] == {
+        "images": 6,
+        "width": {"min": 12, "median": 12.0, "max": 64},
+        "height": {"min": 9, "median": 9.0, "max": 48},
+    }
+    assert stats["unreadable"]["images"] == 1
+    assert "broken.jpg: UnidentifiedImageError" in stats["unreadable"]["first"][0]
+    assert "train/b/broken.jpg" in tables(tmp_path / "out")["train"]["path"].tolist()
+    assert stats["synthetic"] is False
+    assert stats["source"] == f"class folders: {root}"
+    assert "image_sizes" not in prepare(root, tmp_path / "fast", sizes=False)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_overrides_name_only_what_is_needed(tmp_path: Path) -> None:
+    home = project_root()
+    assert overrides_for(home / "data/processed/EmoSet_splits", ".") == {}
+    assert overrides_for(home / "data/x", str(home / "data/raw")) == {
+        "DATA_ROOT": "data/x",
+        "IMAGES_ROOT": "data/raw",
+    }
+    assert overrides_for(tmp_path, ".") == {"DATA_ROOT": tmp_path.as_posix()}
+
+
+def test_the_command_prints_the_line_for_the_notebook(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=30, dog=30)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "emotion_transfer.prepare",
+            str(root),
+            "--output",
+            "out",
+            "--seed",
+            "4",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(project_root(Path(prepare_module.__file__)))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line = done.stdout.strip().splitlines()[-1]
+    assert json.loads(line.split("OVERRIDES = ")[1]) == {"DATA_ROOT": "out", "IMAGES_ROOT": "set"}
+    assert "seed 4" in done.stdout
+    assert (tmp_path / "out/train.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--split", "1", "0", "1"], ["--split", "nan", "1", "1"], ["--seed", "-1"], ["--images", "x"]],
+)
+def test_impossible_options_are_usage_errors(tmp_path: Path, wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path), *wrong])
+    assert stopped.value.code == 2
