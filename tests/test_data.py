@@ -1,0 +1,426 @@
+"""Reading splits: what is accepted, and that everything else is named with file and row."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emotion_transfer import data as data_module
+from emotion_transfer.config import EnhancedConfig, make_config
+from emotion_transfer.data import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    QUICK_PROFILE,
+    SPLITS,
+    DataError,
+    load_data,
+    read_split_table,
+    uses_sample,
+)
+from emotion_transfer.sample import MIKELS_CLASSES
+
+Config = Callable[..., EnhancedConfig]
+
+
+def write_splits(root: Path, **tables: str | bytes) -> Path:
+    """A data set of CSVs only (no image is opened here); `tables` replace the good ones."""
+    root.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        good = f"path,label\n{split}/a.jpg,joy\n{split}/b.jpg,calm\n"
+        content = tables.get(split, good)
+        raw = content if isinstance(content, bytes) else content.encode()
+        (root / f"{split}.csv").write_bytes(raw)
+    return root
+
+
+def load(root: Path, **overrides: object) -> data_module.EmotionData:
+    return load_data(make_config({"DATA_ROOT": str(root), **overrides}))
+
+
+# ------------------------------------------------------------------- what is read
+
+
+def test_the_tiny_data_set(tiny_config: Config, tiny_root: Path) -> None:
+    data = load_data(tiny_config())
+    assert data.classes == ("calm", "joy", "rage")
+    assert not data.synthetic and data.name == "tiny" and data.root == tiny_root
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 24,
+        "val": 12,
+        "test": 12,
+    }
+    expected = pd.DataFrame(
+        {"train": [8] * 3, "val": [4] * 3, "test": [4] * 3},
+        index=pd.Index(["calm", "joy", "rage"], name="class"),
+    )
+    pd.testing.assert_frame_equal(data.counts(), expected, check_dtype=False)
+    train = data.splits["train"]
+    assert train.labels.dtype == np.int64
+    for i in range(len(train)):
+        assert train.path(i).is_file()
+        assert data.classes[train.labels[i]] in train.files[i]
+    assert train.where(3) == f"{tiny_root / 'train.csv'} row 5 ({train.files[3]})"
+
+
+def test_select_keeps_files_labels_and_rows_together(tiny_config: Config) -> None:
+    train = load_data(tiny_config()).splits["train"]
+    by_mask = train.select(np.arange(24) % 5 == 2)
+    by_index = train.select(np.array([2, 7, 12, 17, 22]))
+    for chosen in (by_mask, by_index):
+        assert list(chosen.files) == [train.files[i] for i in (2, 7, 12, 17, 22)]
+        assert chosen.rows.tolist() == [4, 9, 14, 19, 24]
+        np.testing.assert_array_equal(chosen.labels, train.labels[2::5])
+    assert len(train.select(np.zeros(24, bool))) == 0
+
+
+@pytest.mark.parametrize("path_name", PATH_COLUMNS)
+@pytest.mark.parametrize("label_name", LABEL_COLUMNS)
+def test_accepted_column_names(tmp_path: Path, path_name: str, label_name: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f"extra, {label_name} ,{path_name}\n1,joy,a.jpg\n2,calm,b.jpg\n")
+    table = read_split_table(file)
+    assert table["path"].tolist() == ["a.jpg", "b.jpg"]
+    assert table["label"].tolist() == ["joy", "calm"]
+    assert table["row"].tolist() == [2, 3]
+
+
+def test_the_first_accepted_name_wins(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("file,class,path,label\nno.jpg,no,yes.jpg,yes\n")
+    assert read_split_table(file).loc[0, ["path", "label"]].tolist() == ["yes.jpg", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("content", "paths", "labels", "rows"),
+    [
+        (b"\xef\xbb\xbfpath,label\na,x\n", ["a"], ["x"], [2]),  # a byte order mark
+        (b"path,label\r\na,x\r\nb,y\r\n", ["a", "b"], ["x", "y"], [2, 3]),
+        (b"path,label\ra,x\rb,y", ["a", "b"], ["x", "y"], [2, 3]),
+        (b"\n\npath,label\n\na,x\n  \n\nb,y\n\n", ["a", "b"], ["x", "y"], [5, 8]),
+        (b'path,label\n"a,b.jpg","x"\n', ["a,b.jpg"], ["x"], [2]),
+        (b'path,label\n"a""b",x\n', ['a"b'], ["x"], [2]),
+        ("path,label\nbücher/日本 1.jpg,été\n".encode(), ["bücher/日本 1.jpg"], ["été"], [2]),
+        (b"path,label\n a , x \n", [" a "], ["x"], [2]),  # spaces may belong to a file's name
+        (b"path,note,label\na,\"two\nlines\",x\nb,'',y\n", ["a", "b"], ["x", "y"], [2, 4]),
+        (b"path,label\na,NA\nb,1\nc,null\nd,01\n", list("abcd"), ["NA", "1", "null", "01"], None),
+        (b"path,label\na,nan\nb,None\nc,1.0\nd,#N/A\n", list("abcd"), None, None),
+        (b"path,label\n1,x\n001,x\n1e3,x\nNA,x\n", ["1", "001", "1e3", "NA"], None, None),
+    ],
+)
+def test_text_stays_text_and_rows_are_lines(
+    tmp_path: Path, content: bytes, paths: list[str], labels: list[str] | None, rows: list[int]
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(content)
+    table = read_split_table(file)
+    assert table["path"].tolist() == paths
+    if labels is not None:
+        assert table["label"].tolist() == labels
+    if rows is not None:
+        assert table["row"].tolist() == rows
+
+
+def test_labels_called_na_and_1_are_classes(tmp_path: Path) -> None:
+    table = "path,label\n{0}1.jpg,NA\n{0}2.jpg,1\n{0}3.jpg,null\n"
+    root = write_splits(tmp_path, **{s: table.format(s) for s in SPLITS})
+    assert load(root).classes == ("1", "NA", "null")
+
+
+# ------------------------------------------------------------------- malformed CSVs
+
+# content of train.csv, the row that must be named (None: the whole file), a word of the reason
+MALFORMED: dict[str, tuple[str | bytes, int | None, str]] = {
+    "empty file": ("", None, "empty"),
+    "blank lines only": ("\n\n  \n", None, "empty"),
+    "byte order mark only": (b"\xef\xbb\xbf", None, "empty"),
+    "header only": ("path,label\n", None, "no image"),
+    "header and blank lines": ("path,label\n\n\n", None, "no image"),
+    "no header": ("a.jpg,joy\nb.jpg,calm\n", None, "no column path"),
+    "no path column": ("name,label\na,joy\n", None, "no column path"),
+    "no label column": ("path,score\na,joy\n", None, "no column label"),
+    "capitals": ("Path,Label\na,joy\n", None, "it has: Path, Label"),
+    "semicolons": ("path;label\na;joy\n", None, "it has: path;label"),
+    "tabs": ("path\tlabel\na\tjoy\n", None, "no column path"),
+    "path twice": ("path,path,label\na,b,joy\n", 1, "twice"),
+    "label twice": ("path,label,label\na,joy,calm\n", 1, "twice"),
+    "Latin-1": ("path,label\na,joy\nb,été\n".encode("latin-1"), 3, "UTF-8"),
+    "UTF-16": ("path,label\na,joy\n".encode("utf-16"), 1, "UTF-8"),
+    "UTF-16 without a mark": ("path,label\na,joy\n".encode("utf-16-le"), 1, "UTF-16"),
+    "NUL character": (b"path,label\na,joy\nb\0,calm\n", 3, "NUL"),
+    "random bytes": (bytes(range(255, 0, -1)) * 4, 1, "UTF-8"),
+    "a PNG": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 1, "UTF-8"),
+    "JSON": ('{"path": "a.jpg"}', None, "no column path"),
+    "empty path": ("path,label\na,joy\n,calm\n", 3, "empty path"),
+    "blank path": ("path,label\na,joy\n   ,calm\n", 3, "empty path"),
+    "quoted empty path": ('path,label\n"",joy\n', 2, "empty path"),
+    "empty label": ("path,label\na,joy\nb,\n", 3, "empty label"),
+    "blank label": ("path,label\na,joy\nb,  \n", 3, "empty label"),
+    "empty after blank lines": ("path,label\n\na,joy\n\nb,\n", 5, "empty label"),
+    "commas only": ("path,label\na,joy\n,\n", 3, "empty path"),
+    "a value too few": ("path,label\na,joy\nb\n", 3, "1 values where the header has 2"),
+    "a value too many": ("path,label\na,joy\nb,calm,x\n", 3, "3 values"),
+    "a value too many in every row": ("path,label\na,joy,x\nb,calm,y\n", 2, "3 values"),
+    "two too many in every row": ("path,label\na,joy,x,z\nb,calm,y,z\n", 2, "4 values"),
+    "comma in a path": ("path,label\na,b.jpg,joy\n", 2, "double quotes"),
+    "trailing comma": ("path,label\na,joy,\n", 2, "3 values"),
+    "quote never closed": ('path,label\n"a,joy\nb,calm\n', 2, "end of data"),
+    "quote never closed, later": ('path,label\na,joy\nb,"calm\nc,joy\n', 3, "end of data"),
+    "text after a quote": ('path,label\n"a"b,joy\n', 2, "expected after"),
+    "quotes that swallow rows": ('path,label\n"a,joy\nb,calm\nc",joy\n', 2, "quotation mark"),
+    "line break in a label": ('path,label\na,"joy\n"\n', 2, "quotation mark"),
+    "endless value": ("path,label\na," + "x" * 200_000 + "\n", 2, "limit"),
+    "one class": ("path,label\na,joy\nb,joy\n", None, "one class"),
+    "same path twice": ("path,label\na,joy\nb,calm\na,joy\n", 4, "already"),
+    "same path twice, two labels": ("path,label\na,joy\nb,calm\na,calm\n", 4, "already"),
+    "same path, spelt differently": ("path,label\nx/a,joy\nb,calm\n./x//a,joy\n", 4, "already"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_csvs_are_named_with_row_and_reason(tmp_path: Path, case: str) -> None:
+    content, row, reason = MALFORMED[case]
+    root = write_splits(tmp_path / "set", train=content)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    message = str(caught.value)
+    assert str(root / "train.csv") in message
+    assert reason in message
+    if row is not None:
+        assert f"{root / 'train.csv'} row {row} " in message
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_it_is_always_the_right_file(tmp_path: Path, split: str) -> None:
+    root = write_splits(tmp_path, **{split: "path,label\nx,joy\ny,\n"})
+    with pytest.raises(DataError, match=re.escape(f"{root / split}.csv row 3 has an empty label")):
+        load(root)
+
+
+def test_repeated_paths_name_both_places(tmp_path: Path) -> None:
+    root = write_splits(tmp_path, val="path,label\nx,joy\n", test="path,label\ny,joy\nx,calm\n")
+    with pytest.raises(DataError) as caught:
+        load(root)
+    for place in (f"{root / 'test.csv'} row 3 (x)", f"{root / 'val.csv'} row 2 (x)"):
+        assert place in str(caught.value)
+
+
+def test_an_unknown_label_names_file_row_and_known_classes(tmp_path: Path) -> None:
+    val = "path,label\nx,joy\n\ny,bliss\nz,bliss\n"
+    root = write_splits(tmp_path, val=val)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    message = str(caught.value)
+    assert f"{root / 'val.csv'} row 4 has the unknown label 'bliss' (2 such rows)" in message
+    assert "known: calm, joy" in message
+
+
+def test_an_unknown_label_in_train_with_a_label_map(tmp_path: Path) -> None:
+    root = write_splits(tmp_path, train="path,label\na,joy\nb,calm\nc,Joy\n")
+    (root / "label_map.json").write_text('{"joy": 0, "calm": 1}')
+    with pytest.raises(DataError, match="row 4 has the unknown label 'Joy'"):
+        load(root)
+
+
+# ------------------------------------------------------------------- the order of the classes
+
+
+def test_without_a_label_map_other_classes_are_alphabetical(tmp_path: Path) -> None:
+    table = "path,label\n{0}1,zebra\n{0}2,Ant\n{0}3,bee\n"
+    root = write_splits(tmp_path, **{s: table.format(s) for s in SPLITS})
+    assert load(root).classes == ("Ant", "bee", "zebra")
+
+
+def test_without_a_label_map_the_official_classes_are_in_their_official_order(
+    tmp_path: Path,
+) -> None:
+    official = (
+        *("amusement", "awe", "contentment", "excitement"),
+        *("anger", "disgust", "fear", "sadness"),
+    )
+    assert official == MIKELS_CLASSES
+    rows = "".join(f"{{0}}{name},{name}\n" for name in sorted(official))
+    root = write_splits(tmp_path, **{s: "path,label\n" + rows.format(s) for s in SPLITS})
+    data = load(root)
+    assert data.classes == official
+    split = data.splits["val"]
+    assert [data.classes[n] for n in split.labels] == sorted(official)
+
+
+def test_some_of_the_official_classes_are_alphabetical(tmp_path: Path) -> None:
+    table = "path,label\n{0}1,awe\n{0}2,anger\n"
+    root = write_splits(tmp_path, **{s: table.format(s) for s in SPLITS})
+    assert load(root).classes == ("anger", "awe")
+
+
+@pytest.mark.parametrize("order", [("joy", "calm"), ("calm", "joy")])
+def test_the_label_map_is_never_sorted_again(tmp_path: Path, order: tuple[str, str]) -> None:
+    root = write_splits(tmp_path)
+    backwards = dict(reversed(list({name: i for i, name in enumerate(order)}.items())))
+    text = "\ufeff" + json.dumps(backwards)  # with a byte order mark, as some editors write
+    (root / "label_map.json").write_text(text, encoding="utf-8")
+    data = load(root)
+    assert data.classes == order
+    assert [data.classes[n] for n in data.splits["train"].labels] == ["joy", "calm"]
+
+
+MALFORMED_MAPS: dict[str, str | bytes] = {
+    "empty file": "",
+    "not JSON": "joy: 0, calm: 1",
+    "cut off": '{"joy": 0, "calm": 1',
+    "not UTF-8": '{"é": 0, "calm": 1}'.encode("latin-1"),
+    "a list": '["joy", "calm"]',
+    "a list of pairs": '[["joy", 0], ["calm", 1]]',
+    "text": '"joy"',
+    "a number": "2",
+    "null": "null",
+    "empty object": "{}",
+    "one class": '{"joy": 0}',
+    "from one": '{"joy": 1, "calm": 2}',
+    "with a gap": '{"joy": 0, "calm": 2}',
+    "number twice": '{"joy": 0, "calm": 0}',
+    "negative": '{"joy": -1, "calm": 0}',
+    "numbers as text": '{"joy": "0", "calm": "1"}',
+    "fractions": '{"joy": 0.0, "calm": 1.0}',
+    "truth values": '{"joy": false, "calm": true}',
+    "not a number": '{"joy": NaN, "calm": 0}',
+    "null numbers": '{"joy": null, "calm": 0}',
+    "turned around": '{"0": "joy", "1": "calm"}',
+    "nested": '{"classes": {"joy": 0, "calm": 1}}',
+    "name twice": '{"joy": 0, "calm": 1, "joy": 2}',
+    "name twice, right numbers": '{"joy": 1, "calm": 1, "joy": 0}',
+    "blank name": '{"joy": 0, "calm": 1, "": 2}',
+    "spaces around a name": '{"joy ": 0, "calm": 1}',
+    "very deep": "[" * 100_000,
+    "huge number": '{"joy": 0, "calm": ' + "9" * 5000 + "}",
+    "class without an image": '{"joy": 0, "calm": 1, "rage": 2}',
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_MAPS)
+def test_malformed_label_maps_are_named(tmp_path: Path, case: str) -> None:
+    content = MALFORMED_MAPS[case]
+    root = write_splits(tmp_path)
+    raw = content if isinstance(content, bytes) else content.encode()
+    (root / "label_map.json").write_bytes(raw)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert "label_map.json" in str(caught.value)
+
+
+def test_a_label_map_that_is_no_file(tmp_path: Path) -> None:
+    root = write_splits(tmp_path)
+    (root / "label_map.json").mkdir()
+    with pytest.raises(DataError, match=r"label_map\.json"):
+        load(root)
+    (root / "label_map.json").rmdir()
+    (root / "label_map.json").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(DataError, match=r"label_map\.json"):
+        load(root)
+
+
+# ------------------------------------------------------------------- which data set
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project to stand in; the sample is not drawn but told from its folder."""
+    (tmp_path / "create_enhanced_notebook.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_module, "draw_sample", lambda root: write_splits(root))
+    return tmp_path
+
+
+DEFAULT_ROOT = EnhancedConfig().DATA_ROOT
+
+
+def test_auto_without_files_draws_the_sample(project: Path) -> None:
+    data = load_data(make_config())
+    assert data.synthetic and data.name == "synthetic sample"
+    assert data.root == project / data_module.SAMPLE_ROOT
+    (project / DEFAULT_ROOT).mkdir(parents=True)
+    assert load_data(make_config()).synthetic  # the folder is there but empty
+    (project / DEFAULT_ROOT / "README.md").touch()
+    assert load_data(make_config()).synthetic
+
+
+def test_auto_with_files_uses_them(project: Path) -> None:
+    write_splits(project / DEFAULT_ROOT)
+    data = load_data(make_config())
+    assert not data.synthetic and data.name == "EmoSet_splits"
+    assert load_data(make_config({"DATASET": "sample"})).synthetic
+
+
+@pytest.mark.parametrize("present", [("train",), ("val", "test"), ("test",)])
+def test_auto_with_some_of_the_files_is_an_error(project: Path, present: tuple[str, ...]) -> None:
+    root = write_splits(project / DEFAULT_ROOT)
+    absent = [s for s in SPLITS if s not in present]
+    for split in absent:
+        (root / f"{split}.csv").unlink()
+    with pytest.raises(DataError) as caught:
+        load_data(make_config())
+    assert f"lacks {', '.join(f'{s}.csv' for s in absent)}" in str(caught.value)
+    assert "emotion_transfer.prepare" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["elsewhere", DEFAULT_ROOT])
+def test_a_folder_that_was_set_is_never_replaced_by_the_sample(project: Path, where: str) -> None:
+    cfg = make_config({"DATA_ROOT": where})
+    assert not uses_sample(cfg)
+    with pytest.raises(DataError, match=r"lacks train.csv, val.csv, test.csv"):
+        load_data(cfg)
+    (project / where).mkdir(parents=True)
+    with pytest.raises(DataError, match="lacks"):
+        load_data(make_config({"DATA_ROOT": where}, QUICK_PROFILE))
+
+
+def test_dataset_files_is_never_the_sample(project: Path) -> None:
+    with pytest.raises(DataError, match='DATASET="sample"'):
+        load_data(make_config({"DATASET": "files"}))
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "a file instead of a folder"])
+def test_a_data_set_on_a_disk_that_is_not_mounted_is_not_replaced(project: Path, what: str) -> None:
+    root = project / DEFAULT_ROOT
+    root.parent.mkdir(parents=True)
+    if what == "folder":
+        root.symlink_to(project / "mnt" / "emoset")
+    elif what == "file":
+        root.mkdir()
+        (root / "train.csv").symlink_to(project / "mnt" / "train.csv")
+    else:
+        root.write_text("the data are on the other disk")
+    assert not uses_sample(make_config())
+    with pytest.raises(DataError, match="lacks"):
+        load_data(make_config())
+
+
+def test_a_folder_called_train_csv_is_no_file(tmp_path: Path) -> None:
+    root = write_splits(tmp_path)
+    (root / "train.csv").unlink()
+    (root / "train.csv").mkdir()
+    with pytest.raises(DataError, match=r"lacks train\.csv"):
+        load(root)
+
+
+def test_images_root(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "set")
+    inside = load(root).splits["val"]
+    assert inside.path(1) == root / "val/b.jpg"
+    outside = load(root, IMAGES_ROOT=str(tmp_path / "images")).splits["val"]
+    assert outside.path(1) == tmp_path / "images" / "val/b.jpg"
+
+
+def test_the_sample_keeps_its_own_images_root(project: Path) -> None:
+    data = load_data(make_config({"DATASET": "sample", "IMAGES_ROOT": "elsewhere"}))
+    assert data.splits["train"].images_root == project / data_module.SAMPLE_ROOT
+
+
+def test_the_quick_profile_is_valid_and_quick() -> None:
+    cfg = make_config({}, QUICK_PROFILE)
+    assert cfg.EPOCHS < 10 and cfg.IMG_SIZE < 224
+    assert make_config({"EPOCHS": 3}, QUICK_PROFILE).EPOCHS == 3
