@@ -22,8 +22,13 @@ import pandas as pd
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from emotion_transfer.config import EnhancedConfig, project_root, resolve_path
-from emotion_transfer.data import SPLITS, DataError
+from emotion_transfer.audit import audit_data, pair_pictures, show_audit
+from emotion_transfer.cache import check_images
+from emotion_transfer.config import EnhancedConfig, make_config, project_root, resolve_path
+from emotion_transfer.data import SPLITS, DataError, load_data
+from emotion_transfer.loader import make_datasets
+from emotion_transfer.plots.data import plot_image_grid
+from emotion_transfer.plots.style import save_figure
 from emotion_transfer.sample import summarise_sizes, write_split_tables
 from emotion_transfer.sources import SPLIT, WHERE, Source, absolute, in_threads, read_source
 
@@ -367,6 +372,45 @@ def describe(stats: Mapping[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
+def audit_folder(output: Path, images_root: Path | None) -> int:
+    """Check every image of the set in `output`, audit it, and print what was found.
+
+    Look-alikes are kept as CSV and as a picture. Returns 1 where images are damaged or one stands
+    in two splits, which a run would refuse.
+
+    Raises:
+        DataError: if the tables themselves cannot be used.
+    """
+    stats = output / "stats.json"
+    if images_root is None and stats.is_file():
+        kept = json.loads(stats.read_text(encoding="utf-8")).get("images_root")
+        images_root = output / kept if isinstance(kept, str) else None
+    settings = {
+        "DATA_ROOT": str(output), "IMAGES_ROOT": str(images_root or output), "DATASET": "files",
+        "CACHE": False, "IMG_SIZE": 112, "ALLOW_DUPLICATES": True, "MAX_BAD_FRACTION": 1.0,
+    }  # fmt: skip
+    cfg = make_config(settings)
+    checked = check_images(cfg, load_data(cfg))
+    datasets = make_datasets(cfg, checked)
+    found = audit_data(cfg, datasets)
+    for bad in checked.bad.to_dict("records"):
+        place = f"{output / bad['split']}.csv row {bad['row']}"
+        print(f"unusable: {place} ({bad['file']}): {bad['reason']}")
+    for _, copies in checked.repeated.groupby("hash"):
+        rows = copies.to_dict("records")
+        places = [f"{row['split']}.csv row {row['row']} ({row['file']})" for row in rows]
+        print("identical: " + " and ".join(places))
+    print("\n".join(show_audit(found)))
+    if len(found.pairs):
+        folder = resolve_path(cfg.OUTPUT_ROOT) / f"audit-{output.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found.pairs.to_csv(folder / "look_alikes.csv", index=False)
+        pictures = plot_image_grid(*pair_pictures(datasets, found.pairs, 24), columns=4)
+        save_figure(pictures, folder, "look_alikes", synthetic=False)
+        print(f"look-alikes, as a table and as a picture: {folder}")
+    return int(len(checked.bad) > 0 or len(checked.repeated) > 0)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(
@@ -376,7 +420,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     source = "EmoSet-118K, a folder of class folders (split into train, val, test or not), or a CSV"
-    add("source", type=Path, metavar="SOURCE", help=source)
+    add("source", type=Path, nargs="?", metavar="SOURCE", help=source)
     add("--output", type=Path, metavar="DIR", help=f"folder to write (default: {DEFAULT_OUTPUT})")
     bring = "leave the images where they are (default), copy them to DIR/images, or link to them"
     add("--images", choices=("reference", "copy", "link"), default="reference", help=bring)
@@ -390,6 +434,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-sizes", action="store_true", help="do not read the images' headers")
     add("--skip-missing", action="store_true", help="leave out rows whose image is missing")
     add("--overwrite", action="store_true", help="replace another data set in DIR")
+    audit = "afterwards, or without SOURCE, look for duplicates, contradictions and damage in DIR"
+    add("--audit", action="store_true", help=audit)
     return parser
 
 
@@ -401,8 +447,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--split {' '.join(map(str, args.split))}: give three numbers above 0")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed {args.seed}: give a number from 0 to {2**32 - 1}")
+    if args.source is None and not args.audit:
+        parser.error("name a SOURCE, or give --audit to look at what is prepared already")
     output = absolute(args.output) if args.output else resolve_path(DEFAULT_OUTPUT)
     try:
+        if args.source is None:
+            return audit_folder(output, args.images_root)
         stats = prepare(
             args.source,
             output,
@@ -415,14 +465,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             skip_missing=args.skip_missing,
             overwrite=args.overwrite,
         )
+        print(describe(stats, output))
+        return audit_folder(output, None) if args.audit else 0
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
-    print(describe(stats, output))
-    return 0
 
 
 if __name__ == "__main__":

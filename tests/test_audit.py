@@ -20,6 +20,7 @@ from emotion_transfer.cache import check_images
 from emotion_transfer.config import EnhancedConfig, make_config
 from emotion_transfer.data import load_data
 from emotion_transfer.loader import EmotionDataset, make_datasets
+from emotion_transfer.prepare import main as prepare_command
 
 
 def scene(seed: int, size: int = 96) -> Image.Image:
@@ -129,3 +130,28 @@ def test_a_clean_set_says_so(audited: tuple[EnhancedConfig, dict[str, EmotionDat
     audit = audit_data(cfg, {"train": datasets["train"]})
     assert audit.notes == ["nothing suspicious was found"]
     assert isinstance(audit.pairs, pd.DataFrame) and audit.pairs.empty
+
+
+def test_the_command_reports_leaks_and_damage_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, first in (("train", 0), ("val", 10), ("test", 20)):
+        lines = ["path,label"]
+        for i in range(4):
+            name = f"{split}_{i}.png"
+            scene(first + i).save(tmp_path / name)
+            lines.append(f"{name},{'calm' if i % 2 else 'wild'}")
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "test_1.png").write_bytes((tmp_path / "train_3.png").read_bytes())
+    (tmp_path / "val_0.png").write_bytes(b"no image")
+    monkeypatch.setattr("emotion_transfer.config.project_root", lambda start=None: tmp_path)
+    assert prepare_command(["--audit", "--output", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "val.csv row 2 (val_0.png)" in out
+    assert "identical: test.csv row 3 (test_1.png) and train.csv row 5 (train_3.png)" in out
+    kept = tmp_path / "outputs" / f"audit-{tmp_path.name}"
+    assert len(pd.read_csv(kept / "look_alikes.csv")) == 1
+    assert Image.open(kept / "look_alikes.png").size[0] > 200
+    with pytest.raises(SystemExit):
+        prepare_command([])
