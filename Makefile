@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOK := notebooks/Improved_CNN_Transfer_Learning_Enhanced.ipynb
 
-.PHONY: run test notebook lint check clean help
+.PHONY: run test notebook lint check bench clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -38,6 +38,10 @@ check: .venv/installed
 
 test: lint check
 	$(BIN)/python -m pytest
+
+# make bench   measure speed and memory against the peers; BENCH="--half 1" for a part of it
+bench: .venv/installed
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # make clean   remove the sample, the image cache and all runs (not the environment)
 clean:
