@@ -29,8 +29,10 @@ from tqdm.auto import tqdm
 
 from emotion_transfer.augment import (
     AUGMENT_DRAWS,
+    ColourJitter,
     apply_augmentation,
     draw_augmentation,
+    jitter_colours,
 )
 from emotion_transfer.checkpoint import (
     CheckpointError,
@@ -80,18 +82,30 @@ def ema_decay(cfg: EnhancedConfig, updates: int) -> float:
     return min(cfg.EMA_DECAY, (1 + updates) / (10 + updates))
 
 
-def make_ema(model: EmotionClassifier, share: Tensor) -> AveragedModel:
-    """An averaged copy of `model` that moves by `share`, a tensor of one number, at each update."""
+@torch.no_grad()
+def update_average(ema: AveragedModel, model: EmotionClassifier, share: Tensor) -> None:
+    """Move `ema` towards `model` by `share`, a tensor of one number; the first time, copy it.
 
-    def move(averaged: Any, current: Any, _: Any) -> None:
-        if averaged[0].is_floating_point():
-            step = torch._foreach_sub(current, averaged)
-            torch._foreach_mul_(step, share.to(averaged[0].dtype))
-            torch._foreach_add_(averaged, step)
-        else:
-            torch._foreach_copy_(averaged, current)
-
-    return AveragedModel(model, multi_avg_fn=move, use_buffers=True)
+    ``AveragedModel.update_parameters`` does the same, but waits for the device in every step.
+    """
+    first = int(ema.n_averaged) == 0  # a number on the CPU
+    moved: list[list[Tensor]] = [[], []]
+    copied: list[list[Tensor]] = [[], []]
+    for old, new in zip(
+        [*ema.module.parameters(), *ema.module.buffers()],
+        [*model.parameters(), *model.buffers()],
+        strict=True,
+    ):
+        pair = copied if first or not old.is_floating_point() else moved
+        pair[0].append(old)
+        pair[1].append(new)
+    if copied[0]:
+        torch._foreach_copy_(copied[0], copied[1])
+    if moved[0]:
+        step = torch._foreach_sub(moved[1], moved[0])
+        torch._foreach_mul_(step, share)
+        torch._foreach_add_(moved[0], step)
+    ema.n_averaged += 1
 
 
 # %% [markdown]
@@ -138,10 +152,11 @@ class Trainer:
     finite: Tensor  # for each of the last LOG_EVERY steps, whether it was finite
     guarded: list[Tensor] = field(default_factory=list)  # BatchNorm statistics that train
     expected: int = 0  # tensors that must get a gradient, checked after a thaw
+    jitter: ColourJitter = jitter_colours  # or its compiled form
 
 
 # %% [markdown]
-# Building a trainer puts the model on the device and arranges optimiser, loss and average around it.
+# Building a trainer puts the model on the device, and optimiser, loss and average around it.
 
 
 # %%
@@ -150,7 +165,7 @@ def make_trainer(
 ) -> Trainer:
     """Move `model` to the device and put optimiser, loss, scaler and weight average around it."""
     device = choose_device(cfg)
-    model.to(device)
+    model.to(device).requires_grad_(True)  # begin_epoch decides; a model may come frozen
     amp = amp or choose_amp(cfg, model, device)
     classes = len(train.classes)
     weight = torch.ones(classes)
@@ -158,12 +173,10 @@ def make_trainer(
         weight = class_weights(train.split.labels, classes)
     share = torch.zeros((), device=device)
     # One path for all precisions: a scale of 1 changes nothing and still finds what is not finite.
-    scaler = GradScaler(device.type)
-    if amp != "fp16":
-        scaler = GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = GradScaler(device.type, init_scale=2.0**16 if amp == "fp16" else 1.0)
     exact = torch.float32 if device.type == "mps" else torch.float64
     return Trainer(
-        cfg, model, model, make_ema(model, share) if cfg.EMA_DECAY else None, share,
+        cfg, model, model, AveragedModel(model, use_buffers=True) if cfg.EMA_DECAY else None, share,
         make_optimizer(cfg, model), scaler, SoftTargetLoss(weight, cfg.LABEL_SMOOTHING).to(device),
         device, amp, torch.zeros(4, dtype=exact, device=device),
         torch.ones(cfg.LOG_EVERY, dtype=torch.bool, device=device),
@@ -184,7 +197,9 @@ def augment_batch(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tupl
     count = len(batch.labels)
     draws = draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS)
     plan = draw_augmentation(cfg, draws)
-    images = apply_augmentation(batch.images, plan, cfg.IMG_SIZE, spec.mean, spec.std)
+    images = apply_augmentation(
+        batch.images, plan, cfg.IMG_SIZE, spec.mean, spec.std, trainer.jitter
+    )
     targets = F.one_hot(batch.labels, len(trainer.loss.weight)).to(images.dtype)
     if mixing_active(cfg, epoch):
         mixing = draw_mixing(cfg, epoch, first, count)
@@ -213,13 +228,13 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), cfg.GRAD_CLIP)
     finite = torch.isfinite(norm)
     trainer.scaler.step(optimizer)
-    trainer.scaler.update()
+    trainer.scaler.update(None if trainer.amp == "fp16" else 1.0)
     for statistic, old in zip(trainer.guarded, before, strict=True):
         statistic.copy_(torch.where(finite, statistic, old))
     if trainer.ema is not None:
         decay = ema_decay(cfg, epoch * steps + step)
         trainer.ema_share.copy_((1 - decay) * finite)
-        trainer.ema.update_parameters(trainer.model)
+        update_average(trainer.ema, trainer.model, trainer.ema_share)
     zero = torch.zeros_like(losses)
     done = torch.stack([losses, right, zero + len(images), zero])
     skipped = torch.stack([zero, zero, zero, zero + 1])
@@ -320,7 +335,9 @@ def data_fingerprint(dataset: EmotionDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dict[str, Any]:
+def snapshot(
+    trainer: Trainer, progress: Progress, datasets: Mapping[str, EmotionDataset]
+) -> dict[str, Any]:
     """The whole state as tensors and plain values."""
     settings = json.loads(config_to_json(trainer.cfg))
     return {
@@ -332,8 +349,8 @@ def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dic
         "meter": trainer.meter,
         "amp": trainer.amp,
         "config": settings,
-        "classes": list(train.classes),
-        "data": data_fingerprint(train),
+        "classes": list(datasets["train"].classes),
+        "data": {split: data_fingerprint(datasets[split]) for split in ("train", "val")},
     }
 
 
@@ -343,7 +360,9 @@ def snapshot(trainer: Trainer, progress: Progress, train: EmotionDataset) -> dic
 
 
 # %%
-def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], saved: Mapping[str, Any]
+) -> None:
     """Raise ``ConfigError`` naming every setting in which `saved` was another run than `cfg`."""
     ours = dataclasses.asdict(cfg)
     theirs = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["config"].items()}
@@ -352,10 +371,13 @@ def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[
         for name, value in ours.items()
         if name not in NEUTRAL_FIELDS and theirs.get(name) != value
     ]
-    if list(train.classes) != saved["classes"]:
-        changed.append(f"  classes: {saved['classes']} before, {list(train.classes)} now")
-    if data_fingerprint(train) != saved["data"]:
-        changed.append(f"  the training images or labels in {train.split.csv} have changed")
+    classes = list(datasets["train"].classes)
+    if classes != saved["classes"]:
+        changed.append(f"  classes: {saved['classes']} before, {classes} now")
+    for name, fingerprint in saved["data"].items():
+        if data_fingerprint(datasets[name]) != fingerprint:
+            csv = datasets[name].split.csv
+            changed.append(f"  the usable images or the labels in {csv} have changed")
     if changed:
         raise ConfigError(
             "this run was begun with other settings:\n" + "\n".join(changed) + "\n"
@@ -369,9 +391,11 @@ def refuse_other_run(cfg: EnhancedConfig, train: EmotionDataset, saved: Mapping[
 
 
 # %%
-def resume(trainer: Trainer, train: EmotionDataset, saved: Mapping[str, Any]) -> Progress:
+def resume(
+    trainer: Trainer, datasets: Mapping[str, EmotionDataset], saved: Mapping[str, Any]
+) -> Progress:
     """Bring `trainer` to the state `saved` and return its progress; raises ``ConfigError``."""
-    refuse_other_run(trainer.cfg, train, saved)
+    refuse_other_run(trainer.cfg, datasets, saved)
     trainer.model.load_state_dict(saved["model"])
     if trainer.ema is not None:
         trainer.ema.load_state_dict(saved["ema"])
@@ -416,29 +440,33 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 class Saver:
     """Writes checkpoints of one run: when one is due, and what to do if the disk refuses."""
 
-    def __init__(self, cfg: EnhancedConfig, folder: Path, train: EmotionDataset) -> None:
-        self.cfg, self.folder, self.train = cfg, folder, train
+    def __init__(
+        self, cfg: EnhancedConfig, folder: Path, datasets: Mapping[str, EmotionDataset]
+    ) -> None:
+        self.cfg, self.folder, self.datasets = cfg, folder, datasets
         self.last = time.monotonic()
 
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
 
     def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Write a checkpoint; raises ``CheckpointError`` on failure if ``ON_SAVE_ERROR="stop"``."""
+        """Write history and checkpoint; raises ``CheckpointError`` if ``ON_SAVE_ERROR="stop"``."""
         try:
-            payload = snapshot(trainer, progress, self.train)
+            if progress.history:
+                write_history(self.folder.parent / "history.csv", progress.history)
+            payload = snapshot(trainer, progress, self.datasets)
             save_checkpoint(self.folder, payload, self.cfg.CHECKPOINT_KEEP)
         except OSError as error:
             self._complain(error)
         self.last = time.monotonic()
 
     def save_best(self, trainer: Trainer, progress: Progress, source: str) -> str | None:
-        """Write the weights of `source` as the best so far and return the file's name."""
+        """Write the weights of `source` as the best so far; the file's name, None on failure."""
         averaged = trainer.ema.module if source == "ema" and trainer.ema else trainer.model
         payload = {
             "model": averaged.state_dict(),
             "name": trainer.model.name,
-            "classes": list(self.train.classes),
+            "classes": list(self.datasets["train"].classes),
             "epoch": progress.epoch,
             "source": source,
         }
@@ -446,7 +474,7 @@ class Saver:
             return save_with_digest(self.folder, f"best-epoch{progress.epoch:03d}", payload).name
         except OSError as error:
             self._complain(error)
-            return progress.best_file
+            return None
 
     def _complain(self, error: OSError) -> None:
         free = shutil.disk_usage(self.folder).free / 1e6
@@ -469,17 +497,13 @@ def begin_epoch(trainer: Trainer, epoch: int) -> None:
     cfg, model = trainer.cfg, trainer.model
     set_training_mode(cfg, model, epoch)
     trainer.guarded = [
-        statistic
-        for layer in batch_norms(model)
-        if layer.training
-        for statistic in (layer.running_mean, layer.running_var)
-        if isinstance(statistic, Tensor)
+        statistic for layer in batch_norms(model) if layer.training for statistic in layer.buffers()
     ]
     thawed = epoch == 0 or thaw_level(cfg, epoch) != thaw_level(cfg, epoch - 1)
     if cfg.COMPILE and (thawed or trainer.network is model):
         # A graph traced before a thaw would go on training only what it knew.
         torch._dynamo.reset()
-        trainer.network = torch.compile(model)
+        trainer.network, trainer.jitter = torch.compile(model), torch.compile(jitter_colours)
     trainer.expected = sum(p.requires_grad for p in model.parameters())
 
 
@@ -626,7 +650,7 @@ def fit(
     set_deterministic(cfg.DETERMINISTIC)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            for leftover in folder.glob(".*.tmp"):
+            for leftover in [*folder.glob(".*.tmp"), *folder.parent.glob(".history.csv.*.tmp")]:
                 leftover.unlink()
             return run_epochs(cfg, model, datasets, folder)
     except Timeout as error:
@@ -650,8 +674,8 @@ def run_epochs(
     train = datasets["train"]
     saved = load_newest(folder)
     trainer = make_trainer(cfg, model, train, saved["amp"] if saved else None)
-    progress = resume(trainer, train, saved) if saved else Progress()
-    saver = Saver(cfg, folder, train)
+    progress = resume(trainer, datasets, saved) if saved else Progress()
+    saver = Saver(cfg, folder, datasets)
     report_start(trainer, progress)
     if saved is None:  # keeps the measured precision, and finds a full disk before it costs an hour
         saver.save(trainer, progress)
@@ -660,7 +684,6 @@ def run_epochs(
             begin_epoch(trainer, progress.epoch)
             train_epoch(trainer, train, progress, saver, asked)
             end_epoch(trainer, datasets, progress, saver)
-            write_history(folder.parent / "history.csv", progress.history)
             saver.save(trainer, progress)
             print(epoch_line(cfg, progress.history[-1]))
             if not progress.finished:
@@ -670,8 +693,8 @@ def run_epochs(
 
 # %% [markdown]
 # At the end of an epoch: validate, compare with the best so far, write a line of history. Patience
-# is counted only once everything trains, for each thaw first makes things worse before it makes them
-# better.
+# is counted only once everything trains, for each thaw first makes things worse before it makes
+# them better.
 
 
 # %%
@@ -697,9 +720,10 @@ def end_epoch(
     })  # fmt: skip
     everything = thaw_level(cfg, progress.epoch) == 2
     if score > progress.best_score or progress.best_file is None:
-        progress.best_file = saver.save_best(trainer, progress, source)
-        progress.best_score, progress.best_source = score, source
-        progress.best_epoch, progress.waiting = progress.epoch, 0
+        progress.waiting = 0
+        if kept := saver.save_best(trainer, progress, source):
+            progress.best_file, progress.best_score = kept, score
+            progress.best_epoch, progress.best_source = progress.epoch, source
     elif everything:
         progress.waiting += 1
     progress.seconds += seconds

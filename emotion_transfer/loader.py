@@ -150,7 +150,7 @@ def steps_per_epoch(cfg: EnhancedConfig, n: int) -> int:
 
 
 # %% [markdown]
-# From an order to batches is simple arithmetic; a run that resumes at step 117 starts slicing there.
+# From an order to batches is simple arithmetic; a run that resumes at step 117 slices from there.
 
 
 # %%

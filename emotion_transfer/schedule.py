@@ -36,8 +36,8 @@ def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps
 
 
 # %% [markdown]
-# Every step sets the rates of all parameter groups anew; and for the picture, the whole schedule can
-# be computed beforehand.
+# Every step sets the rates of all parameter groups anew; and for the picture, the whole schedule
+# can be computed beforehand.
 
 
 # %%

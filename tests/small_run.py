@@ -30,7 +30,7 @@ class SmallNetwork(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 4, 3, stride=4, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, FEATURES, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(4, FEATURES, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(FEATURES)
         self.drop = nn.Dropout(0.1)
         self.classifier = nn.Linear(FEATURES, 1000)
@@ -68,8 +68,8 @@ def small_config(folder: Path, **overrides) -> EnhancedConfig:
         "DATASET": "files", "DATA_ROOT": str(folder / "tiny"), "CACHE_DIR": str(folder / "cache"),
         "OUTPUT_ROOT": str(folder / "outputs"), "MODEL_NAME": "small", "WEIGHTS": None,
         "IMG_SIZE": 32, "BATCH_SIZE": 4, "EPOCHS": 4, "THAW_EPOCHS": (1, 2), "MIX_OFF_EPOCHS": 1,
-        "LR_BACKBONE": 1e-3, "EMA_DECAY": 0.9, "NUM_WORKERS": 1, "DEVICE": "cpu", "AMP": "off",
-        "BOOTSTRAP": 100,
+        "LR_HEAD": 0.1, "LR_BACKBONE": 0.02, "DROPOUT": 0.1, "EMA_DECAY": 0.9,
+        "NUM_WORKERS": 1, "DEVICE": "cpu", "AMP": "off", "BOOTSTRAP": 100,
     }  # fmt: skip
     return make_config({**settings, **overrides})
 

