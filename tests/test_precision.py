@@ -1,0 +1,115 @@
+"""Which device, which precision, and that measuring leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from small_run import SmallNetwork, install_small_network, memory_datasets, small_config
+
+from emotion_transfer import precision as precision_module
+from emotion_transfer.config import ConfigError
+from emotion_transfer.engine import fit
+from emotion_transfer.model import build_model, set_training_mode
+from emotion_transfer.precision import (
+    AMP_DTYPES,
+    choose_amp,
+    choose_device,
+    precision,
+    time_forward_backward,
+)
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    install_small_network(monkeypatch)
+
+
+def test_the_best_device_there_is(tmp_path, monkeypatch):
+    cfg = small_config(tmp_path, DEVICE="auto")
+    for cuda, mps, expected in ((1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: bool(found))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: bool(found))
+        assert choose_device(cfg).type == expected
+
+
+def test_a_named_device_is_taken_or_refused(tmp_path):
+    assert choose_device(small_config(tmp_path, DEVICE="cpu")) == CPU
+    for name in ("cuda:99", "gpu", "xpu:7", "cpu:x"):
+        with pytest.raises(
+            ConfigError, match=f'DEVICE=\'{name}\': .*use "auto" or "cpu"'
+        ) as caught:
+            choose_device(small_config(tmp_path, DEVICE=name))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_named_precision_is_not_measured(tmp_path, monkeypatch, amp):
+    monkeypatch.setattr(precision_module, "time_forward_backward", None)
+    for device in (CPU, CUDA, MPS):
+        assert choose_amp(small_config(tmp_path, AMP=amp), SmallNetwork(), device) == amp
+
+
+@pytest.mark.parametrize(
+    ("full", "half", "expected"),
+    [(1.0, 0.5, "bf16"), (1.0, 0.75, "bf16"), (1.0, 0.9, "off"), (1.0, 3.0, "off")],
+)
+def test_a_cpu_uses_half_precision_only_where_it_is_clearly_faster(
+    tmp_path, monkeypatch, full, half, expected
+):
+    times = {"off": full, "bf16": half}
+    monkeypatch.setattr(precision_module, "time_forward_backward", lambda m, i, amp: times[amp])
+    assert choose_amp(small_config(tmp_path, AMP="auto"), SmallNetwork(), CPU) == expected
+
+
+def test_a_deterministic_run_does_not_depend_on_a_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision_module, "time_forward_backward", None)
+    cfg = small_config(tmp_path, AMP="auto", DETERMINISTIC=True)
+    assert choose_amp(cfg, SmallNetwork(), CPU) == "off"
+    assert choose_amp(small_config(tmp_path, AMP="auto"), SmallNetwork(), MPS) == "off"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_uses_bfloat16_only_where_it_has_it(tmp_path, monkeypatch, native, expected):
+    def supported(including_emulation=True):
+        return native or including_emulation  # an older GPU emulates it, slowly
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_amp(small_config(tmp_path, AMP="auto"), SmallNetwork(), CUDA) == expected
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_measuring_changes_nothing(tmp_path, amp, epoch):
+    cfg = small_config(tmp_path, BACKBONE_BATCHNORM="train")
+    model = build_model(cfg, 3)
+    set_training_mode(cfg, model, epoch)
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    images, drawn = torch.rand(4, 3, 32, 32), torch.get_rng_state()
+    assert time_forward_backward(model, images, amp) > 0
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("amp", list(AMP_DTYPES))
+def test_the_context_computes_in_that_precision(amp):
+    layer = torch.nn.Linear(4, 4)
+    with precision(CPU, amp):
+        assert layer(torch.ones(1, 4)).dtype == (AMP_DTYPES[amp] or torch.float32)
+    assert layer(torch.ones(1, 4)).dtype == torch.float32
+
+
+def test_a_run_in_each_precision_learns_the_same(tmp_path):
+    """Half precision is noise, not another training; float16 skips steps until its scale fits."""
+    losses = {}
+    for amp in AMP_DTYPES:
+        cfg = small_config(tmp_path, AMP=amp, EPOCHS=3, THAW_EPOCHS=(1, 2))
+        result = fit(cfg, build_model(cfg, 3), memory_datasets(), tmp_path / amp / "checkpoints")
+        assert result.amp == amp and result.history["skipped_steps"].sum() <= 6
+        losses[amp] = result.history["train_loss"].to_numpy()
+    assert losses["bf16"] == pytest.approx(losses["off"], abs=0.05)
+    assert losses["fp16"] == pytest.approx(losses["off"], abs=0.15)
