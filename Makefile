@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOK := notebooks/Improved_CNN_Transfer_Learning_Enhanced.ipynb
 
-.PHONY: run test notebook lint check bench clean help
+.PHONY: run test torture notebook lint check bench clean help
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +42,10 @@ test: lint check
 # make bench   measure speed and memory against the peers; BENCH="--half 1" for a part of it
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# make torture kills runs at random, damages their files, feeds them rubbish; 30 minutes and more
+torture: .venv/installed
+	$(BIN)/python -m benchmarks.torture
 
 # make clean   remove the sample, the image cache and all runs (not the environment)
 clean:

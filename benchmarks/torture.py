@@ -1,0 +1,331 @@
+"""Kill runs at random instants, damage their files, feed them rubbish: ``make torture``.
+
+Every training run happens in a forked child, so that a kill costs no new start of PyTorch. Writes
+``benchmarks/results/torture.json``; its ``summary`` counts what was tried and what survived.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emotion_transfer.augment import AUGMENT_DRAWS, draw_augmentation
+from emotion_transfer.cache import check_images
+from emotion_transfer.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_newest,
+    load_verified,
+    save_checkpoint,
+)
+from emotion_transfer.config import EnhancedConfig, make_config
+from emotion_transfer.data import load_data
+from emotion_transfer.engine import Progress, begin_epoch, fit, make_trainer, snapshot, train_step
+from emotion_transfer.loader import Batch, make_datasets
+from emotion_transfer.mixing import draw_mixing
+from emotion_transfer.model import build_model
+from emotion_transfer.report import software_versions
+from emotion_transfer.seeding import draw_uniforms, step_seed
+
+RESULTS = Path(__file__).parent / "results"
+TIMINGS = {"images_per_second", "seconds", "memory_mb"}
+CLASSES = ("red", "green", "blue")
+
+
+def draw_images(root: Path, train: int = 20, other: int = 6) -> Path:
+    """A data set of noisy pictures in three colours, in the form of the data contract."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", other), ("test", other)):
+        lines = ["path,label"]
+        for number, label in enumerate(CLASSES):
+            for i in range(count):
+                pixels = rng.integers(0, 160, (48, 56, 3), dtype=np.uint8)
+                pixels[..., number] += 60
+                file = root / split / f"{label}_{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+                lines.append(f"{split}/{file.name},{label}")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def settings(data: Path, folder: Path, model: str, every: float) -> EnhancedConfig:
+    """A short run with every thaw, mixing, averaging and augmentation in it."""
+    return make_config({
+        "DATASET": "files", "DATA_ROOT": str(data), "OUTPUT_ROOT": str(folder),
+        "CACHE_DIR": str(folder / "cache"), "RUN_NAME": "run", "MODEL_NAME": model,
+        "WEIGHTS": "DEFAULT" if model == "efficientnet_lite0" else None, "IMG_SIZE": 32,
+        "BATCH_SIZE": 8, "EPOCHS": 4, "WARMUP_EPOCHS": 1, "THAW_EPOCHS": [1, 2],
+        "MIX_OFF_EPOCHS": 1, "AMP": "off", "DEVICE": "cpu", "CHECKPOINT_EVERY": every,
+        "NUM_WORKERS": 1, "LOG_EVERY": 2,
+    })  # fmt: skip
+
+
+def run_once(cfg: EnhancedConfig) -> None:
+    """Cache, train and validate as `cfg` says, or go on where a killed run was."""
+    torch.set_num_threads(1)
+    checked = check_images(cfg, load_data(cfg))
+    datasets = make_datasets(cfg, checked)
+    model = build_model(cfg, len(checked.data.classes))
+    fit(cfg, model, datasets, checkpoints_of(cfg))
+
+
+def checkpoints_of(cfg: EnhancedConfig) -> Path:
+    return Path(cfg.OUTPUT_ROOT) / "run" / "checkpoints"
+
+
+def in_child(work: Callable[[], None], log: Path) -> int:
+    """Start `work` in a forked child whose output goes to `log`; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            work()
+            status = 0
+        except BaseException as error:  # the parent reads the log
+            print(f"{type(error).__name__}: {error}", flush=True)
+    os._exit(status)
+
+
+def final_state(cfg: EnhancedConfig) -> dict[str, Any]:
+    """The last checkpoint and best weights of a finished run, without timings."""
+    state = load_verified(list_checkpoints(checkpoints_of(cfg))[0])
+    best = load_verified(checkpoints_of(cfg) / state["best_file"])
+    history = [{k: v for k, v in row.items() if k not in TIMINGS} for row in state["history"]]
+    kept = ("model", "ema", "optimizer", "scaler", "best_score", "best_epoch", "best_source")
+    return {**{k: state[k] for k in kept}, "history": history, "best": best["model"]}
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two nested states agree to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return bool(isinstance(b, torch.Tensor) and torch.equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return bool(a == b)
+
+
+def kill_until_done(cfg: EnhancedConfig, span: float, rng: random.Random, log: Path) -> int:
+    """Run `cfg`, killing it at instants up to `span` seconds in, until it ends; counts kills.
+
+    Raises:
+        RuntimeError: if the run ended by itself with an error, that is, if it was lost.
+    """
+    kills = 0
+    while True:
+        pid = in_child(lambda: run_once(cfg), log)
+        deadline = time.monotonic() + rng.uniform(0.02, span)
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                break
+            time.sleep(0.002)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            kills += 1
+        elif os.WEXITSTATUS(status) == 0:
+            return kills
+        else:
+            raise RuntimeError(f"the run was lost: {log.read_text()[-2000:]}")
+
+
+def torture_kills(
+    work: Path, model: str, wanted: int, every: float, rng: random.Random
+) -> dict[str, Any]:
+    """At least `wanted` kills over as many runs of `model` as that takes."""
+    data = draw_images(work / "data")
+    reference = settings(data, work / f"{model}-reference", model, 1e9)
+    begun = time.monotonic()
+    pid = in_child(lambda: run_once(reference), work / "reference.log")
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError((work / "reference.log").read_text())
+    seconds = time.monotonic() - begun
+    expected = final_state(reference)
+    result = {"model": model, "kills": 0, "runs": 0, "lost": 0, "identical": 0, "seconds": seconds}
+    while result["kills"] < wanted:
+        folder = work / f"{model}-victim-{result['runs']}"
+        cfg = settings(data, folder, model, every)
+        folder.mkdir()
+        result["runs"] += 1
+        try:
+            result["kills"] += kill_until_done(cfg, 0.8 * seconds, rng, folder / "log")
+            result["identical"] += identical(final_state(cfg), expected)
+        except RuntimeError as error:
+            result["lost"] += 1
+            print(error)
+        print(result, flush=True)
+        shutil.rmtree(folder)
+    return result
+
+
+def torture_files(work: Path, rng: random.Random) -> dict[str, int]:
+    """Cut and flip every kept checkpoint in turn: the one before it must be used, or an error."""
+    data = draw_images(work / "data")
+    cfg = settings(data, work / "damage", "efficientnet_lite0", 0.0)
+    pid = in_child(lambda: run_once(cfg), work / "damage.log")
+    os.waitpid(pid, 0)
+    folder = checkpoints_of(cfg)
+    kept = list_checkpoints(folder)
+    damaged = right = 0
+    for index, victim in enumerate(kept):
+        whole = victim.read_bytes()
+        spoilt = [whole[: rng.randrange(len(whole))] for _ in range(5)] + [b""]
+        for _ in range(10):
+            position = rng.randrange(len(whole))
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << rng.randrange(8)
+            spoilt.append(bytes(flipped))
+        for content in spoilt:
+            damaged += 1
+            copy = work / "copy"
+            shutil.copytree(folder, copy)
+            (copy / victim.name).write_bytes(content)
+            expected = next((p for p in kept if p != victim), None)
+            wanted = load_verified(kept[0] if index else expected) if expected else None
+            try:
+                with contextlib.redirect_stdout(None):
+                    found = load_newest(copy)
+                right += identical(found, wanted)
+            except CheckpointError:
+                right += wanted is None
+            shutil.rmtree(copy)
+    return {"checkpoints_damaged": damaged, "fallbacks_right": right}
+
+
+def measure_overhead(work: Path) -> dict[str, float]:
+    """What exactness and checkpoints cost a ResNet50 run, in per cent of its time."""
+    data = draw_images(work / "data")
+    cfg = make_config({
+        "DATASET": "files", "DATA_ROOT": str(data), "OUTPUT_ROOT": str(work / "overhead"),
+        "CACHE_DIR": str(work / "cache"), "WEIGHTS": None, "IMG_SIZE": 96, "BATCH_SIZE": 32,
+        "EPOCHS": 2, "WARMUP_EPOCHS": 0, "AMP": "off", "BALANCE": "none",
+    })  # fmt: skip
+    datasets = make_datasets(cfg, check_images(cfg, load_data(cfg)))
+    trainer = make_trainer(cfg, build_model(cfg, len(CLASSES)), datasets["train"])
+    begin_epoch(trainer, 0)
+    batch = Batch(*datasets["train"].__getitems__(list(range(32))))
+
+    def seeding() -> None:
+        torch.manual_seed(step_seed(cfg.SEED, 0, 0))
+        draw_augmentation(cfg, draw_uniforms(cfg.SEED, 0, 0, 32, AUGMENT_DRAWS))
+        draw_mixing(cfg, 0, 0, 32)
+
+    step = median_seconds(lambda: train_step(trainer, batch, 0, 0, 1), 7)
+    drawing = median_seconds(seeding, 50)
+    folder = work / "sizes"
+    gc.collect()
+    saving = median_seconds(
+        lambda: save_checkpoint(folder, snapshot(trainer, Progress(), datasets["train"]), 1), 5
+    )
+    seed_share = 100 * drawing / step
+    save_share = 100 * saving / EnhancedConfig().CHECKPOINT_EVERY
+    return {
+        "step_seconds": step, "seeding_seconds": drawing, "seeding_percent": seed_share,
+        "checkpoint_mb": list_checkpoints(folder)[0].stat().st_size / 1e6,
+        "checkpoint_seconds": saving, "checkpoint_percent": save_share,
+        "overhead_percent": seed_share + save_share,
+    }  # fmt: skip
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median time of `work` after one warm-up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+class CorpusCounter:
+    """A pytest plugin that counts the malformed images and tables of the tests, and failures."""
+
+    def __init__(self) -> None:
+        self.counts = {"bad_images": 0, "bad_tables": 0, "errors_without_a_name": 0}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        self.counts["bad_images"] += "bad_image" in report.keywords
+        self.counts["bad_tables"] += "bad_table" in report.keywords
+        self.counts["errors_without_a_name"] += report.failed
+
+
+def torture_inputs() -> dict[str, int]:
+    """Run the tests that feed malformed images, tables, label maps and settings."""
+    counter = CorpusCounter()
+    pytest.main(["-q", "-m", "bad_image or bad_table", "tests"], plugins=[counter])
+    return counter.counts
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="at least so many (default 100)")
+    parser.add_argument("--large", type=int, default=5, help="of them, for each of the two models")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "torture.json")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all parts and write the JSON; 1 if anything was lost, wrong or unnamed."""
+    args = make_parser().parse_args(arguments)
+    rng = random.Random(args.seed)
+    begun = time.monotonic()
+    plan = [("efficientnet_lite0", args.kills - 2 * args.large, 0.0)]
+    plan += [(model, args.large, 2.0) for model in ("efficientnet_b0", "resnet50")]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        runs = [torture_kills(work, model, n, every, rng) for model, n, every in plan if n > 0]
+        files = torture_files(work, rng)
+        # The forked children must find a process without threads, so what uses them comes last.
+        overhead = measure_overhead(work)
+    inputs = torture_inputs()
+    summary = {
+        "kills": sum(run["kills"] for run in runs),
+        "runs": sum(run["runs"] for run in runs),
+        "runs_lost": sum(run["lost"] for run in runs),
+        "bit_identical": sum(run["identical"] for run in runs),
+        **files,
+        **inputs,
+        "overhead_percent": overhead["overhead_percent"],
+    }
+    report = {
+        "summary": summary, "runs": runs, "overhead": overhead,
+        "machine": {"cores": os.cpu_count(), "load": os.getloadavg()},
+        "versions": software_versions(), "seconds": time.monotonic() - begun,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    whole = summary["bit_identical"] == summary["runs"] and not summary["runs_lost"]
+    right = summary["fallbacks_right"] == summary["checkpoints_damaged"]
+    return int(not (whole and right and not summary["errors_without_a_name"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
