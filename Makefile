@@ -2,7 +2,6 @@
 # make test    the same environment and the whole test suite
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOK := notebooks/Improved_CNN_Transfer_Learning_Enhanced.ipynb
 
 .PHONY: run test torture notebook lint check bench clean help
 

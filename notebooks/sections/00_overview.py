@@ -6,8 +6,8 @@
 # excitement, anger, disgust, fear or sadness, the eight classes of EmoSet-118K.
 #
 # **Press *Run All*.** Without any data of your own it draws a small synthetic sample and trains on
-# that for a few minutes on a laptop, so that you can see every part work. Then point it to EmoSet, or
-# to folders of your own pictures, and run it again.
+# that for a few minutes on a laptop, so that you can see every part work. Then point it to EmoSet,
+# or to folders of your own pictures, and run it again.
 #
 # What you will find, in this order:
 #

@@ -33,7 +33,8 @@ print(f"{result.finished}; best epoch {result.best_epoch} ({result.best_source} 
 # %%
 from emotion_transfer.plots.training import plot_history
 
-keep_figure(plot_history(result.history, best_epoch=result.best_epoch, thaws=thaws), name="training")
+curves = plot_history(result.history, best_epoch=result.best_epoch, thaws=thaws)
+keep_figure(curves, name="training")
 
 # %%
 from emotion_transfer.metrics import evaluate_predictions, gap_verdict

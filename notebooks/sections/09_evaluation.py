@@ -20,8 +20,8 @@ write_predictions(run_dir / "predictions_test.csv", prediction_table(datasets["t
 pd.DataFrame({name: {m: f"{e:.3f}" for m, e in found.items()} for name, found in metrics.items()})
 
 # %% [markdown]
-# Each cell reads *value [low, high]*. The validation figures are a little too good, because the best
-# epoch was chosen by them; the test figures are the ones to quote, with their interval.
+# Each cell reads *value [low, high]*. The validation figures are a little too good, because the
+# best epoch was chosen by them; the test figures are the ones to quote, with their interval.
 
 # %%
 from emotion_transfer.plots.evaluation import (
@@ -87,8 +87,8 @@ keep_figure(plot_reliability(reliability, ece), name="reliability")
 # %% [markdown]
 # ### Its most confident mistakes
 #
-# Look at these closely. Often the *label* is arguable, and sometimes it is plainly wrong; a few such
-# finds say more about a data set than any metric.
+# Look at these closely. Often the *label* is arguable, and sometimes it is plainly wrong; a few
+# such finds say more about a data set than any metric.
 
 # %%
 wrong = np.flatnonzero(test.predicted != test.labels)
@@ -120,8 +120,7 @@ batch = datasets["test"].__getitems__(chosen)
 inputs = prepare_images(batch.images, cfg.IMG_SIZE, model.spec.mean, model.spec.std)
 heat = grad_cam(model, inputs, test.predicted[chosen])
 titles = [
-    f"{data.classes[test.labels[i]]}: says {data.classes[test.predicted[i]]} "
-    f"({confidence[i]:.0%})"
+    f"{data.classes[test.labels[i]]}: says {data.classes[test.predicted[i]]} ({confidence[i]:.0%})"
     for i in chosen
 ]
 pixels = denormalise(inputs, model.spec.mean, model.spec.std)
