@@ -74,7 +74,8 @@ def preset_transform(size: int, *, recipe: bool) -> Transform:
 
 def timm_loader(root: Path, size: int, batch: int, *, recipe: bool) -> DataLoader[Any]:
     """timm's loader over a folder of classes, in this process: its defaults, or RandAugment."""
-    extra = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25} if recipe else {}
+    # no mstd: its larger magnitudes ask Pillow to posterise to 0 bits, which Pillow 13 refuses
+    extra: dict[str, Any] = {"auto_augment": "rand-m9-inc1", "re_prob": 0.25} if recipe else {}
     loader: DataLoader[Any] = timm.data.create_loader(
         timm.data.ImageDataset(str(root)), (3, size, size), batch, is_training=True,
         num_workers=0, persistent_workers=False, use_prefetcher=False,
