@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.measure import Row, cores, interleave, make_row, rate_for, synchronise, threads
 from benchmarks.peers import PillowDataset, preset_transform, timm_loader, usual_transform
-from benchmarks.pictures import cached_dataset, make_files, make_split
+from benchmarks.pictures import cached_dataset, make_files, make_split, repeated_dataset
 from benchmarks.plan import SOURCES, Plan
 from benchmarks.settings import bench_config
 from emotion_transfer.augment import (
@@ -91,12 +91,11 @@ def timm_work(root: Path, size: int, files: int, *, recipe: bool) -> Work:
 def device_work(
     cfg: EnhancedConfig, dataset: EmotionDataset, device: torch.device, jitter: ColourJitter
 ) -> Work:
-    """64 batches of ours by way of the loader and its pinned copies, augmented on the device."""
+    """An epoch of ours by way of the loader and its pinned copies, augmented on the device."""
 
     def work() -> int:
-        order = epoch_order(cfg.SEED, 0, len(dataset))
-        batches = [b for b in batch_slices(order, BATCH) if len(b) == BATCH] * 64
-        loader = make_loader(dataset, batches[:64], pin=True)
+        batches = batch_slices(epoch_order(cfg.SEED, 0, len(dataset)), cfg.BATCH_SIZE)
+        loader = make_loader(dataset, batches, pin=True)
         done = 0
         for step, batch in enumerate(fetch_ahead(loader, device)):
             done += len(augment(cfg, batch.images, step, jitter))
@@ -147,7 +146,8 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
         split = make_split(make_files(work / source, size, plan.files))
         bytes_each[source] = sum(split.path(i).stat().st_size for i in range(len(split)))
         bytes_each[source] //= len(split)
-        dataset = cached_dataset(split, work / f"cache-{source}", cache_size(cfg), cores())
+        small = cached_dataset(split, work / f"cache-{source}", cache_size(cfg), cores())
+        dataset = repeated_dataset(small, work / f"map-{source}.npy", plan.map_images)
         jitter = torch.compile(jitter_colours)
         with threads(1):
             paths = {

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -63,6 +64,25 @@ def make_split(root: Path) -> Split:
     files = sorted(str(f.relative_to(root)) for f in root.rglob("*.jpg"))
     labels = np.array([CLASSES.index(f.split("/")[0]) for f in files], dtype=np.int64)
     return Split("train", root / "train.csv", root, files, labels, np.arange(len(files)) + 2)
+
+
+class RepeatedPixels(MappedPixels):
+    """A memory map of repeated data, too large for the processor's own cache."""
+
+    def __init__(self, small: npt.NDArray[np.uint8], file: Path, count: int) -> None:
+        array = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *small.shape[1:]))
+        for first in range(0, count, len(small)):
+            array[first : first + len(small)] = small[: count - first]
+        array.flush()
+        self.array, self.kept = np.load(file, mmap_mode="r"), np.arange(count)
+
+
+def repeated_dataset(dataset: EmotionDataset, file: Path, count: int) -> EmotionDataset:
+    """`count` images: those of the cached `dataset` over and over, in a map of their own."""
+    assert isinstance(dataset.pixels, MappedPixels)
+    pixels, rows = RepeatedPixels(dataset.pixels.array, file, count), np.arange(count)
+    split = dataset.split.select(rows % len(dataset))
+    return EmotionDataset(split, dataset.classes, pixels)
 
 
 def cached_dataset(split: Split, folder: Path, side: int, threads: int) -> EmotionDataset:

@@ -14,6 +14,7 @@ class Plan:
     repeats: int  # interleaved: A B C, B C A, ...
     seconds: float  # of one repeat of an input path
     files: int  # distinct sources of each size
+    map_images: int  # in the memory map of the input path
     input_size: int  # pixels of the network's input, for the input path
     train_size: int  # the same, for step, epoch and memory
     model: str
@@ -30,21 +31,22 @@ class Plan:
 
 
 CPU = Plan(
-    repeats=5, seconds=1.2, files=64, input_size=224, train_size=96, model="resnet50",
-    step_batch=32, steps=4, compiled_steps=False, epoch_batch=32, epoch_steps=6,
+    repeats=5, seconds=1.2, files=64, map_images=4096, input_size=224, train_size=96,
+    model="resnet50", step_batch=32, steps=4, compiled_steps=False, epoch_batch=32, epoch_steps=6,
     usual_images=192, usual_batch=32, set_sizes=(1000, 5000, 25000, 50000), set_side=110,
     memory_batches=(8, 16, 32, 64),
 )  # fmt: skip
 CUDA = Plan(
-    repeats=5, seconds=1.0, files=64, input_size=224, train_size=224, model="resnet50",
-    step_batch=128, steps=20, compiled_steps=True, epoch_batch=128, epoch_steps=64,
-    usual_images=2048, usual_batch=32, set_sizes=(1000, 5000, 25000, 50000), set_side=256,
+    repeats=5, seconds=1.0, files=64, map_images=4096, input_size=224, train_size=224,
+    model="resnet50", step_batch=128, steps=20, compiled_steps=True,
+    epoch_batch=128, epoch_steps=64, usual_images=2048, usual_batch=32,
+    set_sizes=(1000, 5000, 25000, 50000), set_side=256,
     memory_batches=(32, 64, 128, 256, 512),
 )  # fmt: skip
 QUICK = Plan(
-    repeats=2, seconds=0.05, files=8, input_size=64, train_size=32, model="efficientnet_lite0",
-    step_batch=4, steps=2, compiled_steps=False, epoch_batch=4, epoch_steps=2, usual_images=8,
-    usual_batch=4, set_sizes=(50, 200), set_side=37, memory_batches=(2, 4),
+    repeats=2, seconds=0.05, files=8, map_images=16, input_size=64, train_size=32,
+    model="efficientnet_lite0", step_batch=4, steps=2, compiled_steps=False,
+    epoch_batch=4, epoch_steps=2, usual_images=8, usual_batch=4, set_sizes=(50, 200), set_side=37, memory_batches=(2, 4),
 )  # fmt: skip
 
 

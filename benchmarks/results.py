@@ -63,13 +63,18 @@ def machine_slug(machine: Mapping[str, Any]) -> str:
 
 
 def merge_results(old: Results | None, new: Results) -> Results:
-    """`new` with the parts that only `old` has; those of another machine or other versions do not
-    count, and those that both have are `new`'s."""
-    same = old is not None and all(old.get(k) == new[k] for k in ("machine", "versions", "plan"))
+    """`new` with the parts that only `old` has, if that is of a like machine and equal versions."""
+    same = old is not None and _conditions(old) == _conditions(new)
     parts = {**(old["parts"] if old and same else {}), **new["parts"]}
     merged = {**new, "parts": parts}
     merged["summary"] = summarise(merged)
     return merged
+
+
+def _conditions(results: Results) -> list[Any]:
+    """What must be equal for two measurements to stand in one file."""
+    machine = [results["machine"].get(name) for name in ("device", "gpu", "cpu", "cores")]
+    return [*machine, results["versions"], results["plan"]]
 
 
 def median_of(results: Results, part: str, **labels: Any) -> float | None:
