@@ -46,7 +46,8 @@ CUDA = Plan(
 QUICK = Plan(
     repeats=2, seconds=0.05, files=8, map_images=16, input_size=64, train_size=32,
     model="efficientnet_lite0", step_batch=4, steps=2, compiled_steps=False,
-    epoch_batch=4, epoch_steps=2, usual_images=8, usual_batch=4, set_sizes=(50, 200), set_side=37, memory_batches=(2, 4),
+    epoch_batch=4, epoch_steps=2, usual_images=8, usual_batch=4,
+    set_sizes=(50, 200), set_side=37, memory_batches=(2, 4),
 )  # fmt: skip
 
 
