@@ -263,6 +263,9 @@ def reserve_array(store: ImageStore) -> None:
 
 
 # %%
+CHECKSUM_SPREAD = 32  # images compared with their checksums at every start
+
+
 def array_fault(store: ImageStore, index: Mapping[int, IndexRow]) -> str | None:
     """Why the array file cannot be used, judged by its form and a spread of its checksums."""
     try:
@@ -276,7 +279,7 @@ def array_fault(store: ImageStore, index: Mapping[int, IndexRow]) -> str | None:
     if array.offset + array.nbytes != store.array_file.stat().st_size:
         return "has bytes after its end"
     good = [row for row in index.values() if not row.reason]
-    for row in good[:: max(1, len(good) // 32)]:
+    for row in good[:: max(1, len(good) // CHECKSUM_SPREAD)]:
         if zlib.crc32(array[row.position].tobytes()) != row.crc:
             return f"does not match its checksum at {row.file}"
     return None
@@ -437,6 +440,11 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
     return CheckedData(checked, stores, kept, bad_table, repeated, folder)
 
 
+# %% [markdown]
+# A few bad images among thousands are normal. Many are a sign of a wrong `IMAGES_ROOT` or a broken
+# download, and training on what is left would hide it.
+
+
 # %%
 def refuse_bad_images(cfg: EnhancedConfig, data: EmotionData, bad: pd.DataFrame) -> None:
     """Raise ``DataError`` if all of a split, or more than ``MAX_BAD_FRACTION`` of all, are bad."""
@@ -459,6 +467,10 @@ def refuse_bad_images(cfg: EnhancedConfig, data: EmotionData, bad: pd.DataFrame)
                 *lines,
             ])
         )  # fmt: skip
+
+
+# %% [markdown]
+# Files are compared by a hash of their bytes, so a copy under another name is found too.
 
 
 # %%
