@@ -4,6 +4,7 @@ On a CPU each size runs in a process of its own, ``python -m benchmarks.memory``
 """
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -34,9 +35,10 @@ def variants(plan: Plan, device: torch.device) -> list[tuple[int, int, str]]:
 def measure_steps(
     plan: Plan, device: torch.device, batch: int, accumulate: int, amp: str
 ) -> dict[str, float]:
-    """Peak MB of a few steps, and what was held before them; None where it does not fit."""
+    """Peak MB of a few steps: on the device, and of this process."""
     cuda = device.type == "cuda"
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     cfg = bench_config(plan, device, BATCH_SIZE=batch, ACCUMULATE=accumulate)
