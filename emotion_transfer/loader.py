@@ -166,7 +166,13 @@ def make_loader(
     dataset: EmotionDataset, batches: list[list[int]], *, pin: bool
 ) -> DataLoader[Batch]:
     """A `DataLoader` over the given lists of indices; `pin` makes copies to a GPU asynchronous."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=keep_batch, pin_memory=pin)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=keep_batch,
+        pin_memory=pin,
+        generator=torch.Generator(),  # else it draws a seed from the global one, in a thread
+    )
 
 
 def keep_batch(batch: Any) -> Any:
