@@ -31,7 +31,7 @@ def grad_cam(
     wanted = torch.as_tensor(targets, device=device)
     with torch.enable_grad():
         maps = LayerGradCam(model, layer).attribute(
-            images.to(device).requires_grad_(), wanted, relu_attributions=True
+            images.to(device).detach().requires_grad_(), wanted, relu_attributions=True
         )
     maps = LayerAttribution.interpolate(maps, images.shape[-2:], "bilinear").detach()[:, 0]
     highest = maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)

@@ -19,6 +19,7 @@ from emotion_transfer.checkpoint import CheckpointError, write_atomically
 from emotion_transfer.config import ConfigError, EnhancedConfig, cache_size, make_config
 from emotion_transfer.data import decode_image, read_image_bytes
 from emotion_transfer.model import BACKBONES, EmotionClassifier, build_model
+from emotion_transfer.precision import choose_device
 
 # %% [markdown]
 # ### Exporting the model
@@ -80,12 +81,13 @@ def model_card(cfg: EnhancedConfig, classes: Sequence[str], facts: Mapping[str, 
     return f"""---
 library_name: pytorch
 pipeline_tag: image-classification
-base_model: {cfg.MODEL_NAME} (ImageNet weights: {facts["weights"]})
+tags: [emotion, {cfg.MODEL_NAME}]
 ---
 
 # {cfg.MODEL_NAME} for the emotion an image evokes
 {warning}
-Trained on {facts["dataset"]} for {facts["epochs"]} epochs at {cfg.IMG_SIZE} pixels.
+Trained on {facts["dataset"]} for {facts["epochs"]} epochs at {cfg.IMG_SIZE} pixels, from the
+weights {facts["weights"]}.
 
 Classes, in the order of the outputs: {", ".join(classes)}.
 
@@ -115,6 +117,12 @@ its pictures and its annotators had, and the licence terms of the data it was tr
 
 
 # %%
+EXPORT_ERRORS = (  # what reading a damaged or hostile export may raise
+    *(OSError, ValueError, KeyError, TypeError, RecursionError),
+    *(ConfigError, SafetensorError),
+)
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """A loaded export: the network in eval mode, its classes and its settings."""
@@ -129,14 +137,16 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
 
     Raises:
         CheckpointError: if a file is missing, damaged, or does not fit the others.
+        ConfigError: for a device that this machine does not have.
     """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         classes, settings = about["classes"], {**about["config"], "WEIGHTS": None}
         cfg = make_config(settings)
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, ConfigError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no usable export: {error!r}") from error
+    except EXPORT_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder} is no usable export ({reason})") from error
     named = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
     if not named or len(set(classes)) != len(classes) or len(classes) < 2:
         raise CheckpointError(f"{folder / 'config.json'}: classes must be distinct names")
@@ -145,7 +155,10 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} does not fit: {error}") from error
-    return ExportedModel(model.to(device).eval().requires_grad_(False), tuple(classes), cfg)
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+        raise CheckpointError(f"{folder / 'model.safetensors'} holds NaN or infinite weights")
+    model.to(choose_device(dataclasses.replace(cfg, DEVICE=device)))
+    return ExportedModel(model.eval().requires_grad_(False), tuple(classes), cfg)
 
 
 # %% [markdown]

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from emotion_transfer.checkpoint import CheckpointError
-from emotion_transfer.config import resolve_path
+from emotion_transfer.config import ConfigError, resolve_path
 from emotion_transfer.data import ImageError
 from emotion_transfer.export import load_export, predict_files, top_classes
 
@@ -22,13 +23,20 @@ def newest_export() -> Path:
     return files[-1].parent
 
 
+def positive(text: str) -> int:
+    """A whole number from 1; raises ``ValueError``."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m emotion_transfer.predict", description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--model", type=Path, help="an export folder (default: the newest run's)")
-    parser.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--top", type=positive, default=3, help="classes to show (default 3)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, mps or auto")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
@@ -38,21 +46,22 @@ def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     try:
         exported = load_export(args.model or newest_export(), args.device)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
     failed = False
     for path in args.images:
+        shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes
         try:
             answer = top_classes(predict_files(exported, [path])[0], exported.classes, args.top)
         except ImageError as error:
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{shown}: {error}", file=sys.stderr)
             failed = True
             continue
         if args.json:
-            print(json.dumps({"image": str(path), "top": answer}))
+            print(json.dumps({"image": shown, "top": answer}))
         else:
-            print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in answer))
+            print(f"{shown}: " + ", ".join(f"{name} {p:.1%}" for name, p in answer))
     return int(failed)
 
 

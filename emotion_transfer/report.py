@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def summarise_run(
     """The run's figures, ready for JSON."""
     gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
     baselines = {
-        name: estimates_to_json(found) | {"paired_test": comparison.tests[name].to_json()}
+        name: estimates_to_json(found)
         for name, found in comparison.metrics.items()
         if name in comparison.tests
     }
@@ -75,6 +75,7 @@ def summarise_run(
         "finished": result.finished,
         "metrics": {split: estimates_to_json(found) for split, found in metrics.items()},
         "baselines": baselines,
+        "paired_tests": {name: test.to_json() for name, test in comparison.tests.items()},
         "train_val_gap": float(gaps[result.best_epoch]),
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,
@@ -133,8 +134,8 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
         f"{accuracy['high']:.1%}) and a macro F1 of {f1['value']:.3f} ({f1['low']:.3f} to "
         f"{f1['high']:.3f}) on {summary['images']['test']} images."
     )
-    for name, found in summary["baselines"].items():
-        difference = found["paired_test"]["difference"]
+    for name, found in summary["paired_tests"].items():
+        difference = found["difference"]
         lines.append(f"- {describe_difference(name.replace('_', ' ') + ' baseline', difference)}")
     source = "averaged (EMA)" if summary["best_source"] == "ema" else "raw"
     lines.append(
@@ -144,8 +145,3 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
         f"{summary['images_per_second']:.0f} images/s. Everything is in `{folder}`."
     )
     return "\n".join(lines)
-
-
-def class_names(numbers: Sequence[int], classes: Sequence[str]) -> list[str]:
-    """The names of class numbers."""
-    return [classes[number] for number in numbers]

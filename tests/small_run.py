@@ -45,7 +45,7 @@ SMALL_SPEC = model.BackboneSpec(
     FEATURES,
     (0.5, 0.4, 0.6),
     (0.2, 0.3, 0.25),
-    {"first": ("conv1", "bn1"), "last": ("conv2", "bn2", "drop")},
+    {"first": ("conv1", "bn1"), "last": ("drop", "conv2", "bn2")},
     ("last",),
 )
 

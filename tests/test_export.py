@@ -1,0 +1,231 @@
+"""Exports: the same answers from the files, and nothing trusted before it is checked."""
+
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from small_run import CLASSES, file_datasets, install_small_network, small_config
+
+from emotion_transfer.checkpoint import CheckpointError
+from emotion_transfer.config import ConfigError
+from emotion_transfer.data import ImageError
+from emotion_transfer.evaluation import predict
+from emotion_transfer.export import export_model, load_export, predict_files, top_classes
+from emotion_transfer.model import build_model, load_initial_weights
+
+FACTS = {
+    "synthetic": False, "dataset": "my photographs", "weights": "DEFAULT", "epochs": 3,
+    "metrics": {"test": {"accuracy": {"value": 0.81234, "low": 0.7, "high": 0.9}}},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    install_small_network(monkeypatch)
+
+
+def trained(cfg, classes: int = 3):
+    """A model whose every tensor differs from a new one's."""
+    model = build_model(cfg, classes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    cfg = small_config(tmp_path, CACHE_SIZE=36)
+    return export_model(tmp_path / "export", cfg, trained(cfg), CLASSES, FACTS)
+
+
+@pytest.mark.parametrize("name", ["small", "efficientnet_lite0"])
+def test_the_files_give_the_same_probabilities(tiny_root, tmp_path, name):
+    """Against the evaluation that made the reported figures."""
+    cfg = small_config(tmp_path, MODEL_NAME=name, INIT_FROM="some-best.pt")
+    model, dataset = trained(cfg), file_datasets(cfg)["test"]
+    expected = predict(cfg, model, dataset).probabilities
+    folder = export_model(tmp_path / "export", cfg, model, CLASSES, FACTS)
+    loaded = load_export(folder)
+    assert loaded.classes == CLASSES and not loaded.model.training
+    found = predict_files(loaded, [dataset.split.path(i) for i in range(len(dataset))])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    ours = model.state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in loaded.model.state_dict().items())
+    assert loaded.cfg == dataclasses.replace(cfg, WEIGHTS=None)
+
+
+def test_what_travels_with_the_weights(exported):
+    about = json.loads((exported / "config.json").read_text())
+    assert about["classes"] == list(CLASSES) and about["model"] == "small"
+    assert (about["image_size"], about["resize"]) == (32, 36)
+    assert about["mean"] == [0.5, 0.4, 0.6] and about["std"] == [0.2, 0.3, 0.25]
+    assert about["metrics"] == FACTS["metrics"] and about["synthetic"] is False
+    assert {p.name for p in exported.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    tensors = load_file(exported / "model.safetensors")
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in tensors)
+    text = (exported / "model.safetensors").read_bytes()
+    assert b"/" not in text[: int.from_bytes(text[:8], "little")]  # no path of this machine
+
+
+def test_the_model_card(tmp_path, exported):
+    card = (exported / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["library_name"] == "pytorch" and "small" in header["tags"]
+    assert "| accuracy | 0.812 | 0.700 to 0.900 |" in card
+    assert "calm, joy, rage" in card and "my photographs" in card and "synthetic" not in card
+    cfg = small_config(tmp_path)
+    facts = {**FACTS, "synthetic": True, "dataset": "synthetic sample"}
+    folder = export_model(tmp_path / "sample", cfg, trained(cfg), CLASSES, facts)
+    assert "synthetic sample" in (folder / "README.md").read_text().lower()
+
+
+def test_an_export_is_written_over_an_older_one(tmp_path, exported):
+    cfg = small_config(tmp_path)
+    export_model(exported, cfg, trained(cfg, 2), ("a", "b"), FACTS)
+    assert load_export(exported).classes == ("a", "b")
+    assert not list(exported.glob(".*"))
+
+
+def test_a_new_run_can_start_from_an_export(tmp_path, exported):
+    cfg = small_config(tmp_path, INIT_FROM=str(exported))
+    model = load_initial_weights(cfg, build_model(cfg, 3), CLASSES)
+    expected = trained(small_config(tmp_path)).state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in model.state_dict().items())
+
+
+def test_top_classes():
+    p = np.array([0.2, 0.5, 0.1, 0.2])
+    assert top_classes(p, "abcd", 3) == [("b", 0.5), ("a", 0.2), ("d", 0.2)]  # ties in order
+    assert len(top_classes(p, "abcd", 9)) == 4
+
+
+# --- damaged and hostile exports -----------------------------------------------------------------
+
+
+class Planted:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_planted_code_is_not_run(exported, tmp_path):
+    mark, file = tmp_path / "mark", exported / "model.safetensors"
+    file.write_bytes(pickle.dumps(Planted(mark)))
+    with pytest.raises(CheckpointError, match="no usable export"):
+        load_export(exported)
+    torch.save({"weights": Planted(mark)}, file)
+    with pytest.raises(CheckpointError, match="no usable export"):
+        load_export(exported)
+    assert not mark.exists()
+
+
+def change_tensors(exported: Path, change) -> None:
+    tensors = load_file(exported / "model.safetensors")
+    change(tensors)
+    save_file(tensors, exported / "model.safetensors")
+
+
+TENSORS = {
+    "a missing one": lambda t: t.pop("head.output.bias"),
+    "one too many": lambda t: t.update(extra=torch.zeros(1)),
+    "another shape": lambda t: t.update({"head.output.bias": torch.zeros(4)}),
+    "another name": lambda t: t.update({"module.x": t.pop("head.output.bias")}),
+    "nothing": lambda t: t.clear(),
+    "NaN": lambda t: t["head.output.bias"].fill_(float("nan")),
+    "infinity": lambda t: t["backbone.bn1.running_var"].fill_(float("inf")),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_tensors_that_do_not_fit(exported, what):
+    change_tensors(exported, TENSORS[what])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_export(exported)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.001, 0.3, 0.99])
+def test_a_truncated_file_of_weights(exported, place):
+    file = exported / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(place * len(content))])
+    with pytest.raises(CheckpointError, match="export"):
+        load_export(exported)
+
+
+def test_a_header_that_claims_too_much(exported):
+    file = exported / "model.safetensors"
+    file.write_bytes((2**60).to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match="export"):
+        load_export(exported)
+
+
+ABOUT = {
+    "no classes": {"classes": None},
+    "two alike": {"classes": ["calm", "calm", "joy"]},
+    "one": {"classes": ["calm"]},
+    "too few": {"classes": ["calm", "joy"]},
+    "too many": {"classes": ["a", "b", "c", "d"]},
+    "numbers": {"classes": [1, 2, 3]},
+    "lists": {"classes": [["calm"], ["joy"], ["rage"]]},
+    "a text": {"classes": "abc"},
+    "an object": {"classes": {"a": 0, "b": 1, "c": 2}},
+    "no settings": {"config": None},
+    "a list of settings": {"config": [1, 2]},
+    "an unknown setting": {"config": {"LEARN": True}},
+    "an unknown model": {"config": {"MODEL_NAME": "../../etc/passwd"}},
+    "an odd size": {"config": {"MODEL_NAME": "small", "IMG_SIZE": 1e400}},
+    "a nested setting": {"config": {"MODEL_NAME": [["small"]]}},
+    "another model": {"config": {"MODEL_NAME": "efficientnet_lite0"}},
+}
+
+
+@pytest.mark.parametrize("what", ABOUT)
+def test_a_description_that_does_not_fit(exported, what):
+    file = exported / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ABOUT[what]}))
+    with pytest.raises(CheckpointError, match=re.escape(str(exported))):
+        load_export(exported)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'{"a": ' * 100_000]
+)
+def test_a_description_that_is_none(exported, text):
+    (exported / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match="no usable export"):
+        load_export(exported)
+
+
+def test_a_folder_that_is_no_export(tmp_path, exported):
+    for folder in (tmp_path / "absent", tmp_path, exported / "README.md"):
+        with pytest.raises(CheckpointError, match="no usable export"):
+            load_export(folder)
+    for name in ("config.json", "model.safetensors"):
+        content = (exported / name).read_bytes()
+        (exported / name).unlink()
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            load_export(exported)
+        (exported / name).write_bytes(content)
+    assert load_export(exported).classes == CLASSES
+
+
+def test_a_device_that_is_not_there(exported):
+    with pytest.raises(ConfigError, match="DEVICE='cuda:77'"):
+        load_export(exported, "cuda:77")
+
+
+def test_an_image_that_is_none(exported, tmp_path):
+    with pytest.raises(ImageError, match="missing"):
+        predict_files(load_export(exported), [tmp_path / "absent.jpg"])

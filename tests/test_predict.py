@@ -1,0 +1,168 @@
+"""The command line that predicts: good images, hostile files, no traceback."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emotion_transfer import predict as module
+from emotion_transfer.config import make_config
+from emotion_transfer.export import export_model, load_export, predict_files
+from emotion_transfer.model import build_model
+
+FACTS = {
+    "synthetic": True, "dataset": "synthetic sample", "weights": "none", "epochs": 1,
+    "metrics": {"test": {}},
+}  # fmt: skip
+NAMES = ("calm", "joy", "rage")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    cfg = make_config({"MODEL_NAME": "efficientnet_lite0", "IMG_SIZE": 32, "HEAD": "linear"})
+    folder = tmp_path_factory.mktemp("run") / "export"
+    return export_model(folder, cfg, build_model(cfg, 3), NAMES, FACTS)
+
+
+@pytest.fixture
+def image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "good.jpg")
+    return tmp_path / "good.jpg"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is this large, and ends."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def bomb(path: Path) -> None:
+    """225 million pixels in some kilobytes."""
+    Image.new("1", (15000, 15000)).save(path, optimize=True)
+
+
+def test_an_image_and_its_classes(export, image, capsys):
+    assert module.main(["--model", str(export), str(image)]) == 0
+    said = capsys.readouterr()
+    expected = predict_files(load_export(export), [image])[0]
+    order = np.argsort(-expected)
+    shown = ", ".join(f"{NAMES[i]} {expected[i]:.1%}" for i in order)
+    assert said.out == f"{image}: {shown}\n" and said.err == ""
+
+
+def test_json_for_programs(export, image, capsys):
+    assert (
+        module.main(["--model", str(export), "--json", "--top", "2", str(image), str(image)]) == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0]["image"] == str(image)
+    assert len(lines[0]["top"]) == 2 and {name for name, _ in lines[0]["top"]} <= set(NAMES)
+
+
+@pytest.mark.parametrize("size", [(50_000, 2), (3, 50_000), (1, 1)])
+def test_a_strip_is_an_image(export, tmp_path, capsys, size):
+    Image.new("RGB", size, "red").save(tmp_path / "strip.png")
+    assert module.main(["--model", str(export), str(tmp_path / "strip.png")]) == 0
+    assert "strip.png: " in capsys.readouterr().out
+
+
+def hostile_files(folder: Path, good: bytes) -> dict[Path, str]:
+    """Files that are no usable image, and a word that must be said of each."""
+    contents = {
+        "empty.jpg": (b"", "zero bytes"),
+        "cut.jpg": (good[: len(good) // 2], "truncated"),
+        "text.png": (b"<svg onload='alert(1)'/>", "image"),
+        "huge.png": (png_header(200_000, 200_000), "image"),
+        "header.png": (png_header(10, 10), ""),
+        "archive.jpg": (b"PK\x03\x04" + bytes(500), "image"),
+    }
+    wrong = {}
+    for name, (content, word) in contents.items():
+        (folder / name).write_bytes(content)
+        wrong[folder / name] = word
+    bomb(folder / "bomb.png")
+    (folder / "folder.jpg").mkdir()
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    wrong |= {
+        folder / "bomb.png": "pixels",
+        folder / "folder.jpg": "not a regular file",
+        folder / "absent.jpg": "missing",
+        folder / "loop.jpg": "",
+        Path("/dev/zero"): "not a regular file",
+    }
+    if hasattr(os, "mkfifo"):  # opening one would wait for ever
+        os.mkfifo(folder / "pipe.jpg")
+        wrong[folder / "pipe.jpg"] = "not a regular file"
+    return wrong
+
+
+def test_hostile_files_are_named_and_the_good_ones_answered(export, image, tmp_path, capsys):
+    wrong = hostile_files(tmp_path, image.read_bytes())
+    arguments = [str(image), *map(str, wrong), str(image)]
+    assert module.main(["--model", str(export), *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("good.jpg: ") == 2 and len(said.out.splitlines()) == 2
+    errors = {line.partition(": ")[0]: line.partition(": ")[2] for line in said.err.splitlines()}
+    assert errors.keys() == {str(path) for path in wrong}
+    for path, word in wrong.items():
+        assert word.lower() in errors[str(path)].lower() and errors[str(path)], path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device", "cuda:77"], ["--device", "toaster"], ["--model", "absent"]]
+)
+def test_what_is_not_there_is_one_message(export, image, capsys, arguments):
+    assert module.main(["--model", str(export), *arguments, str(image)]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert arguments[1] in said.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--top", "0", "x.jpg"], ["--top", "many", "x.jpg"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(arguments)
+    assert stopped.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_the_newest_export_is_the_default(export, image, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "resolve_path", lambda path: tmp_path / path)
+    assert module.main([str(image)]) == 1
+    assert "no export under" in capsys.readouterr().err
+    for number, name in enumerate(("newer", "older")):
+        folder = tmp_path / "outputs" / name / "export"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"")
+        os.utime(folder / "model.safetensors", (1e9 - number, 1e9 - number))
+    assert module.newest_export() == tmp_path / "outputs/newer/export"
+
+
+@pytest.mark.slow
+def test_as_a_program(export, image, tmp_path):
+    """Exit status and streams of the real thing, with a name that is no text."""
+    odd = os.fsencode(tmp_path) + b"/\xff\xfe odd.jpg"
+    with open(odd, "wb") as file:
+        file.write(image.read_bytes())
+    repository = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "PYTHONIOENCODING": "utf-8:strict"}
+    environment.pop("LC_ALL", None)
+    command = [sys.executable, "-m", "emotion_transfer.predict", "--model", str(export)]
+    done = subprocess.run([*command, str(image), odd], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"good.jpg: " in done.stdout and b"\\xff\\xfe odd.jpg: " in done.stdout
+    done = subprocess.run(
+        [*command, odd, "/dev/zero", str(tmp_path)], capture_output=True, env=environment
+    )
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        b"/dev/zero: not a regular file",
+        os.fsencode(tmp_path) + b": not a regular file",
+    ]
