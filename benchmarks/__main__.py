@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--work", type=Path, help="an existing folder for pictures and caches")
     parser.add_argument("--cpu", action="store_true", help="the CPU, although there is a GPU")
+    parser.add_argument("--repeats", type=int, help="fewer or more than the plan's")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; meaningless figures")
     return parser
 
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available() and not args.cpu
     device = torch.device("cuda" if cuda else "cpu")
     plan = choose_plan(cuda=cuda, quick=args.quick)
+    plan = dataclasses.replace(plan, repeats=args.repeats or plan.repeats)
     results: Results = {
         "machine": describe_machine(device),
         "versions": describe_versions(),

@@ -1,6 +1,7 @@
 """The file of results: machine, versions, the parts' rows with raw repeats, and a summary."""
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": device.type, "cpu": processor_name(), "cores": cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "system": platform.system(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }  # fmt: skip
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -74,7 +76,8 @@ def merge_results(old: Results | None, new: Results) -> Results:
 def _conditions(results: Results) -> list[Any]:
     """What must be equal for two measurements to stand in one file."""
     machine = [results["machine"].get(name) for name in ("device", "gpu", "cpu", "cores")]
-    return [*machine, results["versions"], results["plan"]]
+    plan = {name: value for name, value in results["plan"].items() if name != "repeats"}
+    return [*machine, results["versions"], plan]
 
 
 def median_of(results: Results, part: str, **labels: Any) -> float | None:

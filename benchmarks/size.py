@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -29,11 +30,14 @@ from emotion_transfer.seeding import epoch_order
 
 SMALL_SOURCE = (160, 120)
 BATCH = 32
-PASSES = 3
+REPEATS = 5
 
 
-def measure_set(root: Path, cache: Path, side: int) -> dict[str, Any]:
-    """Build the cache of the images under `root`, then read all of it in random order."""
+def measure_set(root: Path, cache: Path, side: int, reads: int) -> dict[str, Any]:
+    """Build the cache of the images under `root`, then read it in random order, over and over.
+
+    Each repeat reads `reads` images, so that small sets are not measured by their start alone.
+    """
     found: dict[str, Any] = {"base": anonymous_memory()}
     split = make_split(root)
     found["images"], found["after_list"] = len(split), anonymous_memory()
@@ -44,11 +48,12 @@ def measure_set(root: Path, cache: Path, side: int) -> dict[str, Any]:
     found["build_peak"] = build["peak"]
     found["after_build"] = anonymous_memory()
     passes: list[float] = []
+    epochs = range(-(-reads // len(split)))
     with threads(1), peak_anonymous_memory() as read:
-        for epoch in range(PASSES + 1):  # the first brings the pages into memory
-            start = time.perf_counter()
-            batches = batch_slices(epoch_order(0, epoch, len(split)), BATCH)
-            seen = 0
+        for _ in range(REPEATS + 1):  # the first brings the pages into memory
+            order = np.concatenate([epoch_order(0, epoch, len(split)) for epoch in epochs])
+            batches = batch_slices(order[:reads], BATCH)
+            start, seen = time.perf_counter(), 0
             for batch in fetch_ahead(make_loader(dataset, batches, pin=False), torch.device("cpu")):
                 seen += len(batch.labels)
             passes.append((time.perf_counter() - start) / seen)
@@ -66,7 +71,7 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
     for count in tqdm(plan.set_sizes, desc="size", unit="set", leave=False):
         root, cache = work / f"set-{count}", work / f"cache-set-{count}"
         repeat_files(root, source, count)
-        spec = (str(root), str(cache), str(plan.set_side))
+        spec = (str(root), str(cache), str(plan.set_side), str(plan.set_reads))
         command = [sys.executable, "-m", "benchmarks.size", *spec]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -98,4 +103,4 @@ def growth(sets: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_set(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(measure_set(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5]))))
