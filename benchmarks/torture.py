@@ -237,7 +237,7 @@ def measure_overhead(work: Path) -> dict[str, float]:
     folder = work / "sizes"
     gc.collect()
     saving = median_seconds(
-        lambda: save_checkpoint(folder, snapshot(trainer, Progress(), datasets["train"]), 1), 5
+        lambda: save_checkpoint(folder, snapshot(trainer, Progress(), datasets), 1), 5
     )
     seed_share = 100 * drawing / step
     save_share = 100 * saving / EnhancedConfig().CHECKPOINT_EVERY
