@@ -1,7 +1,7 @@
 """Random augmentation: drawn on the CPU as a function of the position, applied in batches."""
 
 # %% [markdown]
-# ### Augmentation in two halves
+# #### Augmentation in two halves
 #
 # Augmentation shows the network a slightly different image in every epoch, so that it cannot learn
 # the images by heart. Every change must leave the *emotion* as it was: we crop gently, turn little
@@ -151,7 +151,7 @@ def to_float32(values: Floats) -> Tensor:
 
 
 # %% [markdown]
-# ### Resampling
+# #### Resampling
 #
 # Now the pixels. Build the grid of places to look at, and let `grid_sample` look there, bilinearly.
 # Beyond the edge of the stored image it sees the image reflected. Stored images are about as much
@@ -178,7 +178,7 @@ def resample_images(images: Tensor, theta: Tensor, size: int) -> Tensor:
 
 
 # %% [markdown]
-# ### Colour
+# #### Colour
 #
 # Brightness is a factor. Contrast moves the pixels away from the image's mean grey or towards it,
 # saturation away from or towards each pixel's own grey. These are torchvision's
@@ -252,7 +252,7 @@ def shift_hue(images: Tensor, hue: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# ### Blur and erasing
+# #### Blur and erasing
 #
 # A Gaussian blur is a weighted mean over the neighbours, first along the rows, then along the
 # columns. Only the images that drew a blur pay for one. Erasing writes zeros, which after the
@@ -283,7 +283,7 @@ def erase_boxes(images: Tensor, boxes: Tensor) -> None:
 
 
 # %% [markdown]
-# ### All of it, in order
+# #### All of it, in order
 #
 # Two helpers first. One sends numbers to the device without waiting for their arrival. The other
 # sends the colour factors, and leaves out an adjustment that would change none of the images.
@@ -371,7 +371,7 @@ def apply_augmentation(
 
 
 # %% [markdown]
-# ### Without chance
+# #### Without chance
 #
 # Validation and test images get the centre crop and the normalisation, nothing else. `denormalise`
 # goes the other way, to show what the network was shown.

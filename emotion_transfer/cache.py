@@ -34,7 +34,7 @@ from emotion_transfer.data import (
 )
 
 # %% [markdown]
-# ### Decode once, train for forty epochs
+# #### Decode once, train for forty epochs
 #
 # Decoding a JPEG takes milliseconds; copying decoded pixels takes microseconds. A training run
 # shows every image to the network dozens of times, so each is decoded **once**, cut to a square a
@@ -366,7 +366,7 @@ def build_store(store: ImageStore, threads: int) -> list[IndexRow]:
 
 
 # %% [markdown]
-# ### The integrity report
+# #### The integrity report
 #
 # `check_images` runs that pass over the three splits and draws the consequences. Images that cannot
 # be used are listed with their row and reason and left out; if they are more than

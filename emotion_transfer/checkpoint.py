@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 # %% [markdown]
-# ### Files that are whole or absent
+# #### Files that are whole or absent
 #
 # A program can be killed between any two instructions, a disk can fill up in the middle of a file,
 # and a machine can lose power with data still in its write cache. The order of operations below

@@ -1,7 +1,7 @@
 """The one frozen configuration every other module is passed."""
 
 # %% [markdown]
-# ### One frozen configuration
+# #### One frozen configuration
 #
 # Every choice of a run is a field of `EnhancedConfig`. It is *frozen*: nothing changes it once
 # training has begun, so what `summary.json` records is what really ran. Functions receive it as
@@ -57,14 +57,14 @@ class EnhancedConfig:
     # Optimisation
     LR_BACKBONE: float = 3e-5
     LR_HEAD: float = 3e-3
-    MIN_LR: float = 1e-6
+    MIN_LR: float = 1e-6  # where every cycle of the learning rates ends
     WEIGHT_DECAY: float = 1e-4
     WARMUP_EPOCHS: int = 3  # epochs in which the head trains alone
     THAW_EPOCHS: tuple[int, int] | None = None  # None: (WARMUP_EPOCHS, a quarter of EPOCHS)
-    GRAD_CLIP: float = 1.0
+    GRAD_CLIP: float = 1.0  # largest norm of the gradients
     ACCUMULATE: int = 1  # split a batch into this many smaller steps
-    PATIENCE: int = 8
-    MONITOR: str = "macro_f1"
+    PATIENCE: int = 8  # epochs without a better MONITOR, counted once everything trains
+    MONITOR: str = "macro_f1"  # or "accuracy", "loss"; chooses the best epoch
 
     # Regularisation
     DROPOUT: float = 0.4
@@ -89,9 +89,9 @@ class EnhancedConfig:
     ERASE_PROB: float = 0.25
 
     # Speed
-    DEVICE: str = "auto"
+    DEVICE: str = "auto"  # or "cuda", "cuda:1", "mps", "cpu"
     AMP: str = "auto"  # "auto", "bf16", "fp16" or "off"
-    COMPILE: bool = False
+    COMPILE: bool = False  # torch.compile: slow to start, faster on a GPU
     DETERMINISTIC: bool = False
     CACHE: bool = True
     CACHE_DIR: str = "cache"

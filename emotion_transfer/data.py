@@ -21,7 +21,7 @@ from emotion_transfer.config import EnhancedConfig, resolve_path
 from emotion_transfer.sample import MIKELS_CLASSES, draw_sample
 
 # %% [markdown]
-# ### Where the images come from
+# #### Where the images come from
 #
 # A data set is a folder with `train.csv`, `val.csv` and `test.csv`; each row is an image's path and
 # its label. The training rows teach the network, the validation rows choose between epochs, and
@@ -35,7 +35,6 @@ SAMPLE_ROOT = "data/sample"
 QUICK_PROFILE: Mapping[str, Any] = {
     "EPOCHS": 8,
     "WARMUP_EPOCHS": 2,
-    "THAW_EPOCHS": (2, 3),
     "MIX_OFF_EPOCHS": 2,
     "IMG_SIZE": 96,
     "LR_BACKBONE": 3e-4,
@@ -134,8 +133,9 @@ def load_data(cfg: EnhancedConfig) -> EmotionData:
     """
     synthetic = uses_sample(cfg)
     root = draw_sample(resolve_path(SAMPLE_ROOT)) if synthetic else resolve_path(cfg.DATA_ROOT)
-    explicit = cfg.IMAGES_ROOT is not None and not synthetic
-    images_root = resolve_path(str(cfg.IMAGES_ROOT)) if explicit else root
+    images_root = prepared_images_root(root)
+    if cfg.IMAGES_ROOT is not None and not synthetic:
+        images_root = resolve_path(cfg.IMAGES_ROOT)
     missing = [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]
     if missing:
         raise DataError(
@@ -149,6 +149,27 @@ def load_data(cfg: EnhancedConfig) -> EmotionData:
     refuse_untaught_classes(splits["train"], classes)
     name = "synthetic sample" if synthetic else root.name
     return EmotionData(name, root, classes, splits, synthetic)
+
+
+# %% [markdown]
+# The paths in the CSVs start at `IMAGES_ROOT`; where you give none, at the folder that `prepare`
+# noted in `stats.json`, or else at the folder of the CSVs.
+
+
+# %%
+def prepared_images_root(root: Path) -> Path:
+    """Where the paths of the CSVs in `root` start, according to its ``stats.json`` if it has one.
+
+    Raises:
+        DataError: if that file is there and is not what ``prepare`` writes.
+    """
+    file = root / "stats.json"
+    if not file.is_file():
+        return root
+    try:
+        return root / Path(json.loads(file.read_text(encoding="utf-8")).get("images_root", "."))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({error}); delete it and set IMAGES_ROOT") from error
 
 
 # %% [markdown]
@@ -316,7 +337,7 @@ def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
 
 
 # %% [markdown]
-# ### Decoding one image, whatever it is
+# #### Decoding one image, whatever it is
 #
 # Real collections hold phone photographs that carry their rotation in a tag, transparent PNGs,
 # printers' CMYK, 16-bit scans, half-downloaded files. Every good one becomes the same thing: a

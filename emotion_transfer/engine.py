@@ -67,7 +67,7 @@ from emotion_transfer.schedule import set_learning_rates
 from emotion_transfer.seeding import draw_uniforms, set_deterministic, step_seed
 
 # %% [markdown]
-# ### Averaging the weights
+# #### Averaging the weights
 #
 # The weights jitter from step to step around something better than each of them. An exponential
 # moving average (EMA) follows at a distance and usually generalises a little better; it is
@@ -109,7 +109,7 @@ def update_average(ema: AveragedModel, model: EmotionClassifier, share: Tensor) 
 
 
 # %% [markdown]
-# ### Everything a run carries
+# #### Everything a run carries
 #
 # `Trainer` holds what lives on the device; `Progress` holds the plain facts of where the run is.
 # Together they are what a checkpoint stores.
@@ -184,7 +184,7 @@ def make_trainer(
 
 
 # %% [markdown]
-# ### One training step
+# #### One training step
 #
 # First the batch is augmented and mixed on the device. What to do to each image was drawn from the
 # seed and the image's position in the epoch, so nothing random has to be remembered.
@@ -276,7 +276,7 @@ def backward(trainer: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 # %% [markdown]
-# ### Validation
+# #### Validation
 #
 # The gap between training and validation says whether the network learns or memorises. The loss
 # over augmented, mixed, dropped-out training images cannot tell; so a fixed part of the training
@@ -320,7 +320,7 @@ def monitored(cfg: EnhancedConfig, predictions: Predictions) -> float:
 
 
 # %% [markdown]
-# ### Saving and resuming
+# #### Saving and resuming
 #
 # A checkpoint is the whole state at a position: weights, average, optimiser, scaler, running sums,
 # best score, history, and the settings and classes it belongs to. `resume` refuses to go on with
@@ -488,7 +488,7 @@ class Saver:
 
 
 # %% [markdown]
-# ### One epoch
+# #### One epoch
 
 
 # %%
@@ -609,7 +609,7 @@ def read_device(
 
 
 # %% [markdown]
-# ### The whole run
+# #### The whole run
 #
 # `fit` puts it together: resume or begin, and then for each epoch train, validate, remember the
 # best, save, and report one line. A lock on the folder keeps a second process out; it vanishes
@@ -677,6 +677,8 @@ def run_epochs(
     progress = resume(trainer, datasets, saved) if saved else Progress()
     saver = Saver(cfg, folder, datasets)
     report_start(trainer, progress)
+    text = config_to_json(cfg) + "\n"
+    write_atomically(folder.parent / "config.json", lambda file: file.write(text.encode()))
     if saved is None:  # keeps the measured precision, and finds a full disk before it costs an hour
         saver.save(trainer, progress)
     with deferred_interrupt() as asked, torch.autograd.set_detect_anomaly(cfg.DEBUG):

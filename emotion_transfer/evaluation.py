@@ -20,7 +20,7 @@ from emotion_transfer.model import EmotionClassifier
 from emotion_transfer.precision import precision
 
 # %% [markdown]
-# ### Evaluation
+# #### Evaluation
 #
 # Evaluation uses the centre crop, no augmentation and the uncompiled network, and counts every
 # image exactly once.

@@ -9,7 +9,7 @@ from torch import Tensor
 from emotion_transfer.model import EmotionClassifier
 
 # %% [markdown]
-# ### Grad-CAM
+# #### Grad-CAM
 #
 # The last convolutional layer still knows *where* things are. Grad-CAM (Selvaraju et al., ICCV
 # 2017) asks how much each of its channels speaks for a class, by the gradient, and adds the

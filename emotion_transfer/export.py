@@ -22,7 +22,7 @@ from emotion_transfer.model import BACKBONES, EmotionClassifier, build_model
 from emotion_transfer.precision import choose_device
 
 # %% [markdown]
-# ### Exporting the model
+# #### Exporting the model
 #
 # A file of weights alone is useless in a year: nobody remembers the order of the classes or how
 # the images were prepared. So three files travel together: `model.safetensors` (a format that
@@ -110,7 +110,7 @@ its pictures and its annotators had, and the licence terms of the data it was tr
 
 
 # %% [markdown]
-# ### Predicting with an export
+# #### Predicting with an export
 #
 # Loading checks before it trusts: the architecture must be known, the classes must be distinct
 # names, and every tensor must have the name and shape that the network expects.

@@ -18,7 +18,7 @@ from emotion_transfer.data import DataError, ImageError, Split, decode_image, re
 from emotion_transfer.seeding import balanced_order, epoch_order
 
 # %% [markdown]
-# ### A dataset that hands out whole batches
+# #### A dataset that hands out whole batches
 #
 # PyTorch's `DataLoader` usually asks a dataset for one image at a time, in worker processes, and
 # copies each through a pipe. When the pixels are already decoded that traffic is the slowest part.
@@ -114,7 +114,7 @@ def make_datasets(cfg: EnhancedConfig, checked: CheckedData) -> dict[str, Emotio
 
 
 # %% [markdown]
-# ### Order without memory
+# #### Order without memory
 #
 # Which images make up step 117 of epoch 9 is a function of the seed, the epoch and the step, not of
 # what happened before. That is what lets a run that was killed go on in the middle of an epoch as

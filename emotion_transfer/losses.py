@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% [markdown]
-# ### A loss that stays right under mixing
+# #### A loss that stays right under mixing
 #
 # Three things are asked of the loss at once: rare classes should count more (*class weights*), the
 # target should not be absolute certainty (*label smoothing*), and mixed images have two labels.

@@ -1,7 +1,7 @@
 """What a classifier's predictions are worth, with the uncertainty of every number."""
 
 # %% [markdown]
-# ### Every number with its interval
+# #### Every number with its interval
 #
 # A test accuracy is measured on a *finite* set of images; on another set of the same size it would
 # have come out a little different. So every metric here is an `Estimate`: the value, and a range
@@ -184,7 +184,7 @@ def _reported_values(
 
 
 # %% [markdown]
-# #### The bootstrap
+# ##### The bootstrap
 #
 # We cannot collect a thousand test sets, but we can imitate it (Efron 1979): draw as many images as
 # there are, *with replacement*, from the ones we have, compute the metric, repeat, and read off
@@ -258,7 +258,7 @@ def _polarity_hits(
 
 
 # %% [markdown]
-# #### Can its confidence be believed?
+# ##### Can its confidence be believed?
 #
 # A classifier is *calibrated* if, of all the answers it gives with 80 % confidence, 80 % are right.
 # The reliability table sorts the answers into bins of confidence and compares the two. Their mean
@@ -368,7 +368,7 @@ def _ece_estimate(
 
 
 # %% [markdown]
-# #### All of it at once
+# ##### All of it at once
 #
 # One call measures a set of predictions. `macro_f1` is the number to watch: unlike accuracy it
 # cannot be raised by ignoring a small class.
@@ -417,7 +417,7 @@ def evaluate_predictions(
 
 
 # %% [markdown]
-# #### Is one model really better than the other?
+# ##### Is one model really better than the other?
 #
 # Two models tested on the *same* images must be compared image by image. Where both are right, or
 # both are wrong, an image says nothing about which is better; only the *discordant* ones do, where
@@ -486,7 +486,7 @@ def paired_test(
 
 
 # %% [markdown]
-# #### Where it goes wrong
+# ##### Where it goes wrong
 #
 # Two tables for a closer look: precision, recall and F1 of every class, and the pairs of classes
 # that are mixed up most. The second is often the more instructive one: it shows whether the model
@@ -549,7 +549,7 @@ def most_confused_pairs(
 
 
 # %% [markdown]
-# #### Overfitting, underfitting, or neither?
+# ##### Overfitting, underfitting, or neither?
 #
 # The difference between training and validation accuracy tells, if it is measured fairly: both on
 # *clean* images, without augmentation and with dropout off. (The running training accuracy is taken

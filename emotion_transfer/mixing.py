@@ -1,7 +1,7 @@
 """MixUp and CutMix: an image that is partly another, with a target that says so."""
 
 # %% [markdown]
-# ### MixUp and CutMix
+# #### MixUp and CutMix
 #
 # Both show the network two images in one and ask for both answers, in proportion. **MixUp** lays
 # one image over the other, at a strength `lam`; **CutMix** pastes a rectangle of the other image

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from emotion_transfer.config import EnhancedConfig, resolve_path, thaw_epochs
 
 # %% [markdown]
-# ### Three backbones
+# #### Three backbones
 #
 # A backbone turns an image into a vector of features. Ours have learnt on 1.28 million ImageNet
 # photographs to tell a thousand things apart, and most of what they see along the way, edges,
@@ -72,7 +72,7 @@ BACKBONES: dict[str, BackboneSpec] = {
 
 
 # %% [markdown]
-# ### Where the weights come from
+# #### Where the weights come from
 #
 # `WEIGHTS` is a name of torchvision's weights enum, the path of a local file, or `None` for random
 # weights. A name that cannot be had is an error and never random weights in disguise: a network
@@ -246,7 +246,7 @@ def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
         WeightsError: where the weights of ``MODEL_NAME`` cannot be had; on the sample, only where
             that is not for want of a connection.
     """
-    if cfg.WEIGHTS is None or cfg.INIT_FROM is not None:
+    if cfg.WEIGHTS is None or (cfg.INIT_FROM and set(cfg.BASELINES) <= {"majority"}):
         return cfg
     try:
         imagenet_weights(cfg.MODEL_NAME, cfg.WEIGHTS)
@@ -259,7 +259,7 @@ def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
 
 
 # %% [markdown]
-# ### The head: progressive dimensionality reduction
+# #### The head: progressive dimensionality reduction
 #
 # The head turns the backbone's features into one score a class. Instead of one large step from
 # 2048 features to 8 classes, it halves the width twice; each step is a linear map, a batch
@@ -370,7 +370,7 @@ def load_initial_weights(
 
 
 # %% [markdown]
-# ### What trains when
+# #### What trains when
 #
 # A fresh head sends large, random gradients into the backbone and would wash out what it has
 # learnt. So the head trains alone for `WARMUP_EPOCHS`; then the last stages join, and later
@@ -417,7 +417,8 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 # %% [markdown]
-# How large is each stage, and when does it start to train? The table below is made by this:
+# How large is each stage, and when does it start to train? The table after *Build it* is made by
+# this:
 
 
 # %%
@@ -436,12 +437,13 @@ def parameter_table(cfg: EnhancedConfig, model: EmotionClassifier) -> pd.DataFra
 
 
 # %% [markdown]
-# ### Differential learning rates
+# #### Differential learning rates
 #
-# The head starts from nothing and learns a hundred times faster (`LR_HEAD`) than the backbone,
-# which only adjusts (`LR_BACKBONE`). All parameter groups exist from the first step; groups added
-# later confuse schedulers and checkpoints. Weight decay pulls weights towards zero, which makes no
-# sense for the scales and shifts of normalisation layers, so these and the biases go without.
+# The head starts from nothing and learns much faster (`LR_HEAD`, by default a hundred times) than
+# the backbone, which only adjusts (`LR_BACKBONE`). All parameter groups exist from the first step;
+# groups added later confuse schedulers and checkpoints. Weight decay pulls weights towards zero,
+# which makes no sense for the scales and shifts of normalisation layers, so these and the biases go
+# without.
 
 
 # %%

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emotion_transfer.config import ConfigError, EnhancedConfig
 
 # %% [markdown]
-# ### The device and its precision
+# #### The device and its precision
 #
 # Modern GPUs multiply 16-bit numbers several times faster than 32-bit ones. Automatic mixed
 # precision uses them where that is safe: bfloat16 where the device has it, else float16, whose

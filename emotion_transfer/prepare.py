@@ -381,12 +381,9 @@ def audit_folder(output: Path, images_root: Path | None) -> int:
     Raises:
         DataError: if the tables themselves cannot be used.
     """
-    stats = output / "stats.json"
-    if images_root is None and stats.is_file():
-        kept = json.loads(stats.read_text(encoding="utf-8")).get("images_root")
-        images_root = output / kept if isinstance(kept, str) else None
     settings = {
-        "DATA_ROOT": str(output), "IMAGES_ROOT": str(images_root or output), "DATASET": "files",
+        "DATA_ROOT": str(output), "DATASET": "files",
+        "IMAGES_ROOT": str(images_root) if images_root else None,
         "CACHE": False, "IMG_SIZE": 112, "ALLOW_DUPLICATES": True, "MAX_BAD_FRACTION": 1.0,
     }  # fmt: skip
     cfg = make_config(settings)

@@ -18,7 +18,7 @@ from emotion_transfer.engine import FitResult
 from emotion_transfer.metrics import Estimate
 
 # %% [markdown]
-# ### What is written down
+# #### What is written down
 #
 # `summary.json` is for programs: other scripts compare runs by it, so every figure in it was
 # measured in this run, and the versions of everything involved stand beside them.
@@ -66,6 +66,7 @@ def summarise_run(
     return {
         "dataset": data.name,
         "synthetic": data.synthetic,
+        "debug": cfg.DEBUG,
         "model": cfg.MODEL_NAME,
         "weights": cfg.INIT_FROM or cfg.WEIGHTS or "none",
         "classes": list(data.classes),
@@ -124,6 +125,8 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
     """The run summed up in Markdown, from its own numbers."""
     test = summary["metrics"]["test"]
     lines = []
+    if summary.get("debug"):
+        lines.append("> **DEBUG run.** Two batches of everything; no figure here means anything.\n")
     if summary["synthetic"]:
         lines.append("> **Synthetic sample.** These figures show that everything works. They say "
                      "nothing about emotions in photographs.\n")  # fmt: skip

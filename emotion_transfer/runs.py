@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from emotion_transfer.config import EnhancedConfig, config_hash, config_to_json, resolve_path
+from emotion_transfer.config import ConfigError, EnhancedConfig, config_hash, resolve_path
 from emotion_transfer.data import EmotionData
 
 # %% [markdown]
-# ### A folder for every run
+# #### A folder for every run
 #
 # Checkpoints, figures, predictions and the summary of a run lie together in one folder. Its name
 # ends in a hash of the settings: change one that shapes the result and a new run begins beside the
@@ -24,8 +24,13 @@ def run_name(cfg: EnhancedConfig, data: EmotionData) -> str:
 
 
 def make_run_folder(cfg: EnhancedConfig, data: EmotionData) -> Path:
-    """Create the run's folder, write the settings into it, and return it."""
+    """Create the run's folder and return it; raises ``ConfigError`` if it cannot be written."""
     folder = resolve_path(cfg.OUTPUT_ROOT) / run_name(cfg, data)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config_to_json(cfg) + "\n", encoding="utf-8")
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_ROOT={cfg.OUTPUT_ROOT!r}: {folder} cannot be written ({error}); "
+            "choose another folder"
+        ) from error
     return folder

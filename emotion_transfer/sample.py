@@ -1,7 +1,7 @@
 """The synthetic sample: a data set drawn by code, so that everything runs without a download."""
 
 # %% [markdown]
-# ### A sample that is drawn, not downloaded
+# #### A sample that is drawn, not downloaded
 #
 # EmoSet-118K has to be fetched from its authors and holds 118,102 photographs. Until you have it,
 # the notebook draws pictures of its own in a few seconds. They are a *toy*: they exercise every

@@ -8,9 +8,10 @@ import torch
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
 # %% [markdown]
-# ### Warm-up, then cosine annealing with warm restarts
+# #### Warm-up, then cosine annealing with warm restarts
 #
-# The learning rate rises linearly over the first epoch, then falls along half a cosine
+# The learning rate rises linearly over the first epoch (`WARMUP_EPOCHS` is something else: how long
+# the head trains alone), then falls along half a cosine
 # (Loshchilov and Hutter, 2017). Every thaw starts a new cosine at full height, because newly
 # thawed layers have learning to do, and the last one reaches `MIN_LR` exactly when training ends.
 # It is a function of the position and of nothing else: there is no scheduler object whose state

@@ -1,7 +1,7 @@
 """Random numbers that are functions of a position, so that nothing random is carried along."""
 
 # %% [markdown]
-# ### Random numbers without a state
+# #### Random numbers without a state
 #
 # A usual random generator is a *state* that every draw moves on. A run that is killed loses it; a
 # run spread over two processes has two of them; one more draw anywhere shifts all that follow.

@@ -19,6 +19,7 @@ from emotion_transfer.export import export_model
 from emotion_transfer.loader import make_datasets
 from emotion_transfer.metrics import evaluate_predictions
 from emotion_transfer.model import WeightsError, build_model, choose_backbone, load_initial_weights
+from emotion_transfer.precision import choose_device
 from emotion_transfer.report import closing_text, summarise_run, write_summary
 from emotion_transfer.runs import make_run_folder
 from emotion_transfer.seeding import seed_everything
@@ -37,6 +38,7 @@ def settings_from(arguments: list[str]) -> EnhancedConfig:
 
 def train(cfg: EnhancedConfig) -> Path:
     """Train, evaluate, compare and export as `cfg` says, and return the run's folder."""
+    choose_device(cfg)  # a device that is not there should not cost a pass over the images
     data = load_data(cfg)
     run_dir = make_run_folder(cfg, data)
     print(run_dir)
@@ -69,11 +71,13 @@ def train(cfg: EnhancedConfig) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; 1 with one message where it cannot go on."""
     parser = argparse.ArgumentParser(prog="python -m emotion_transfer.train", description=__doc__)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    settings = "fields of EnhancedConfig, e.g. --set MODEL_NAME=efficientnet_b0 EPOCHS=10"
+    add = parser.add_argument
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=settings)
     args = parser.parse_args(arguments)
     try:
         train(settings_from(args.set))
-    except NAMED_ERRORS as error:
+    except (*NAMED_ERRORS, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:

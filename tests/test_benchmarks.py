@@ -72,23 +72,26 @@ def test_epoch_is_compared_with_the_notebook_as_it_ships_where_that_was_measured
     assert both["device_wait_percent"] == 0.5
 
 
-def step_part(precision, ours, timm):
+def step_part(precision, ours, timm, ships):
     labels = {"precision": precision, "compiled": False}
     return [
         make_row({"step": "ours, as timm's", **labels}, "images/s", [ours]),
         make_row({"step": "timm", **labels}, "images/s", [timm]),
-        make_row({"step": "ours, as it ships", **labels}, "images/s", [3700]),
+        make_row({"step": "ours, as it ships", **labels}, "images/s", [ships]),
     ]
 
 
 def test_step_is_compared_in_the_fast_precision_and_with_the_floor_where_it_is_known():
-    rows = step_part("off", 10, 10) + step_part("bf16", 60, 50)
+    rows = step_part("off", 10, 10, 1000) + step_part("bf16", 60, 50, 3700)
     h100 = {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3"}
     summary = summarise(results(h100, step=part(*rows)))
     assert summary["step_vs_timm"] == 1.2
     assert summary["step_vs_timm_float32"] == 1
     assert summary["step_share_of_floor"] == 0.5
+    assert summary["step_amp_vs_float32"] == 3.7
     assert summarise(results(step=part(*rows)))["step_share_of_floor"] is None
+    slow_half = step_part("off", 30, 20, 9) + step_part("bf16", 60, 50, 4)
+    assert summarise(results(step=part(*slow_half)))["step_vs_timm"] == 1.5
 
 
 def test_halves_merge_into_one_and_a_new_part_replaces_the_old():

@@ -135,7 +135,7 @@ def history(epochs: int) -> pd.DataFrame:
 
 
 def schedule() -> pd.DataFrame:
-    epoch = np.linspace(0, 40, 400)
+    epoch = np.linspace(0, 40, 400, endpoint=False)
     head = 3e-3 * (1 + np.cos(epoch % 10 / 10 * np.pi)) / 2 + 1e-6
     return pd.DataFrame(
         {"epoch": epoch, "lr_head": head, "lr_backbone": np.where(epoch < 3, 0, head / 100)}
@@ -422,6 +422,21 @@ def test_image_grid_puts_each_image_under_its_title() -> None:
     assert patch.get_facecolor()[:3] == to_rgb("#F0E442")
 
 
+@pytest.mark.parametrize("count", [1, 3, 12, 40])
+def test_no_empty_strip_below_the_last_row(count: int) -> None:
+    true = [i % 8 for i in range(count)]
+    answer = [(i + 1) % 8 for i in true]
+    images = [picture(64, 64)] * count
+    fig = plot_mistakes(images, true, answer, [0.93] * count, MIKELS_CLASSES)
+    cam = plot_gradcam(np.stack(images), np.zeros((count, 64, 64)), ["a"] * count)
+    for figure in (fig, cam):
+        mark_synthetic(figure)
+        figure.draw_without_rendering()
+        boxes = [ax.get_tightbbox() for ax in axes_of(figure)]
+        lowest = min(box.y0 for box in boxes if box is not None and box.height) / figure.dpi
+        assert 0 <= lowest < 0.12  # inches
+
+
 def test_image_grid_refuses_what_is_no_image() -> None:
     with pytest.raises(ValueError, match="no images"):
         plot_image_grid([], [])
@@ -453,7 +468,11 @@ def test_schedule_shows_rates_thaws_and_the_end_of_mixing() -> None:
     table = schedule()
     fig = plot_schedule(table, THAWS, 37)
     (ax,) = axes_of(fig)
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("epoch", "learning rate", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epochs done", "learning rate")
+    assert ax.get_yscale() == "log"
+    assert ax.get_xlim() == (0, 40)
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (37, 40)
     assert legend_of(fig) == [
         "head",
         "backbone",
@@ -466,6 +485,17 @@ def test_schedule_shows_rates_thaws_and_the_end_of_mixing() -> None:
     assert np.isnan(backbone[table["epoch"] < 3]).all()  # frozen: no rate, not a rate of zero
     assert (backbone[table["epoch"] >= 3] > 0).all()
     assert legend_of(plot_schedule(table)) == ["head", "backbone"]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (3, 1), (3, 7), (40, 20)])
+def test_schedule_ends_with_its_last_epoch_and_ticks_whole_ones(epochs: int, steps: int) -> None:
+    epoch = np.arange(epochs * steps) / steps
+    table = pd.DataFrame({"epoch": epoch, "lr_head": 1e-3, "lr_backbone": 1e-5})
+    fig = plot_schedule(table, [(epochs + 1, "too late")], mix_off=epochs + 1)
+    (ax,) = axes_of(fig)
+    assert ax.get_xlim() == (0, epochs)
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    assert "too late" not in " ".join(legend_of(fig))
 
 
 def test_schedule_of_a_run_that_never_trains_the_backbone() -> None:
@@ -493,6 +523,7 @@ def test_history_draws_all_curves() -> None:
     assert rates.get_yscale() == "log"
     assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epoch"] * 6
     assert speed.get_title(loc="left") == "Speed (40.0 min, peak 11.0 GB)"
+    assert speed.get_ylim() == (0, pytest.approx(1.1 * 2440))
     events = [line for ax in axes_of(fig) for line in ax.get_lines() if line.get_gid()]
     assert [line.get_xdata()[0] for line in events] == [3, 10, 31] * 6
     assert legend_of(fig) == [
@@ -527,7 +558,7 @@ def test_history_without_what_was_not_measured() -> None:
     assert fig.legends == []
     sometimes = history(6)
     sometimes.loc[[1, 3], ["train_clean_accuracy", "gap", "val_ema_accuracy"]] = np.nan
-    sometimes["memory_mb"] = np.nan
+    sometimes[["memory_mb", "images_per_second"]] = np.nan
     fig = plot_history(sometimes)
     np.testing.assert_array_equal(lines(axes_of(fig)[3])["training"].get_xdata(), [1, 3, 5, 6])
     assert axes_of(fig)[5].get_title(loc="left") == "Speed (6.0 min)"
@@ -580,8 +611,8 @@ def test_reliability_draws_the_table() -> None:
     assert np.isfinite(heights).sum() == 2
     assert [bar.get_height() for bar in lower.patches] == [0, 0, 0, 5, 40]
     assert (lower.get_xlabel(), lower.get_ylabel()) == ("confidence", "images")
-    legend = [text.get_text() for text in upper.get_legend().get_texts()]
-    assert set(legend) == {
+    assert upper.get_legend() is None  # it would cover bars
+    assert set(legend_of(fig)) == {
         "accuracy of the bin",
         "perfect calibration",
         "gap to the mean confidence",
@@ -622,13 +653,18 @@ def test_gradcam_sets_each_image_beside_its_overlay() -> None:
     heat = np.zeros((3, 32, 32), dtype=np.float32)
     heat[:, :16] = 1
     fig = plot_gradcam(images, heat, ["a", "b", "c"])
-    assert [ax.get_title() for ax in axes_of(fig)] == ["a", "b", "c"]
-    for i, ax in enumerate(axes_of(fig)):
+    *panels, bar = axes_of(fig)
+    assert [ax.get_title() for ax in panels] == ["a", "b", "c"]
+    assert bar.get_xlim() == (0, 1)
+    assert bar.get_xlabel() == "heat: low → high"
+    assert "bright" in fig.get_suptitle()
+    for i, ax in enumerate(panels):
         shown = np.asarray(ax.images[0].get_array())
         assert shown.shape == (32, 65, 3)
         np.testing.assert_array_equal(shown[:, :32], images[i])
         overlay = shown[:, 33:].astype(int)
         assert overlay[:16].sum() > overlay[16:].sum()  # bright where the heat is
+        np.testing.assert_array_equal(overlay[16:], images[i][16:])  # the image where it is not
     with pytest.raises(ValueError, match="do not fit"):
         plot_gradcam(images, heat[:, :8], ["a", "b", "c"])
     with pytest.raises(ValueError, match="between 0 and 1"):

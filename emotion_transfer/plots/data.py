@@ -1,7 +1,7 @@
 """Figures of the data: how many images a class has, and what they look like."""
 
 # %% [markdown]
-# ### Looking at the data
+# #### Looking at the data
 #
 # Two questions come before any training: *how many* images does each class have, and *what do they
 # look like*? The first decides whether classes must be weighted; the second catches what no check
@@ -98,6 +98,7 @@ def plot_image_grid(
     fig, axes = new_figure(max(4.0, cell * columns), height, rows, columns)
     for i, ax in enumerate(axes.flat):
         ax.set_axis_off()
+        ax.set_anchor("N")  # all that is left over lies below the image, where trim_grid finds it
         if i < len(images):
             ax.imshow(images[i])
             heading = ax.set_title(names[i], size=8, pad=4)
@@ -106,7 +107,31 @@ def plot_image_grid(
                 heading.set_bbox({"facecolor": title_colours[i], "edgecolor": "none", "pad": 1.5})
     if title:
         set_figure_title(fig, title)
+    trim_grid(fig)
     return fig
+
+
+# %% [markdown]
+# How much room the texts need is known only once they are laid out; what is then left above and
+# below the images is taken off the figure.
+
+
+# %%
+GRID_PAD = 0.05  # inches below each row, which the layout asks for once nothing is left over
+
+
+def trim_grid(fig: Figure) -> None:
+    """Lower `fig` by the height that the images of its grid leave empty."""
+    fig.draw_without_rendering()
+    spare: dict[int, float] = {}
+    for ax in fig.axes:
+        place = ax.get_subplotspec()
+        if ax.images and place is not None:
+            empty = ax.get_position(original=True).height - ax.get_position().height
+            row = place.rowspan.start
+            spare[row] = min(empty, spare.get(row, empty))
+    height = fig.get_figheight()
+    fig.set_figheight(height - sum(max(0.0, height * share - GRID_PAD) for share in spare.values()))
 
 
 # %%

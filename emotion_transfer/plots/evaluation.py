@@ -1,7 +1,7 @@
 """Figures of the evaluation: confusions, calibration, mistakes, attention and comparisons."""
 
 # %% [markdown]
-# ### Which classes are mistaken for which
+# #### Which classes are mistaken for which
 #
 # The confusion matrix has a row for every true class and a column for every answer; what is off the
 # diagonal went wrong. The counts on the left depend on how many images a class has; on the right
@@ -16,11 +16,13 @@ import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from emotion_transfer.metrics import Estimate
-from emotion_transfer.plots.data import plot_image_grid
+from emotion_transfer.plots.data import plot_image_grid, trim_grid
 from emotion_transfer.plots.style import class_colours, fit_text, new_figure
 
 
@@ -75,7 +77,7 @@ def _draw_matrix(ax: Any, values: npt.NDArray[np.float64], classes: Sequence[str
 
 
 # %% [markdown]
-# ### Is its confidence deserved?
+# #### Is its confidence deserved?
 #
 # Where the bars reach the diagonal, the model is as sure as it should be. Bars below it mean
 # overconfidence, bars above it the opposite, which mixing and label smoothing often cause. Pale
@@ -98,14 +100,14 @@ def plot_reliability(table: pd.DataFrame, ece: float | Estimate) -> Figure:
     reliability.vlines(*ends, color="#D55E00", lw=2.5, label="gap to the mean confidence")
     reliability.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     reliability.set_title(f"Expected calibration error {ece:.3f}", loc="left")
-    reliability.legend(loc="upper left", fontsize=9)
     histogram.bar(centre, table["count"], **{**bars, "color": "0.6"})
     histogram.set(xlabel="confidence", ylabel="images")
+    fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return fig
 
 
 # %% [markdown]
-# ### Every class by itself
+# #### Every class by itself
 #
 # An average hides the class that fails. The bar is F1; the two marks show *how* a class fails: low
 # precision means that its name is given too freely, low recall that its images go unrecognised.
@@ -135,7 +137,7 @@ def plot_per_class(table: pd.DataFrame) -> Figure:
 
 
 # %% [markdown]
-# ### The most confident mistakes
+# #### The most confident mistakes
 #
 # They are the most instructive images of the whole test set. Some show what the model has not
 # understood; in others the *label* is debatable, for what an image evokes is not the same for all.
@@ -173,13 +175,16 @@ def plot_mistakes(
 
 
 # %% [markdown]
-# ### Where the model looks
+# #### Where the model looks
 #
-# Each image stands beside itself under a heat map: bright regions argued for the answer. A model
-# that is right for the wrong reason, such as a watermark, gives itself away here.
-
+# Each image stands beside itself under a heat map: bright yellow regions argued for the answer, and
+# where nothing did, the image shows through. A model that is right for the wrong reason, such as a
+# watermark, gives itself away here.
 
 # %%
+HEAT_OPACITY = 0.75  # of the hottest region, so that the image is still seen through it
+
+
 def plot_gradcam(
     images: npt.NDArray[np.uint8], heatmaps: npt.NDArray[np.floating[Any]], titles: Sequence[str]
 ) -> Figure:
@@ -192,16 +197,45 @@ def plot_gradcam(
         raise ValueError(f"images {images.shape} and heatmaps {heatmaps.shape} do not fit")
     if not ((heatmaps >= 0) & (heatmaps <= 1)).all():
         raise ValueError("heatmaps must lie between 0 and 1, without NaN")
-    colour = 255 * colormaps["inferno"](np.asarray(heatmaps, dtype=float))[..., :3]
-    overlay = (0.45 * images + 0.55 * colour).round().astype(np.uint8)
+    heat = np.asarray(heatmaps, dtype=float)
+    opacity = HEAT_OPACITY * heat[..., None]
+    colour = 255 * colormaps["inferno"](heat)[..., :3]
+    overlay = ((1 - opacity) * images + opacity * colour).round().astype(np.uint8)
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 32), 3), 255, dtype=np.uint8)
     pairs = np.concatenate([images, gap, overlay], axis=2)
-    title = "Left: the image. Right: what argued for the answer (bright)"
-    return plot_image_grid(list(pairs), titles, columns=4, title=title)
+    title = "Left: the image. Right: what argued for the answer (bright yellow)"
+    fig = plot_image_grid(list(pairs), titles, columns=4, title=title)
+    _add_heat_bar(fig)
+    return fig
 
 
 # %% [markdown]
-# ### Against the baselines, and against others
+# The colour bar fades as the overlay does, over white in place of an image.
+
+
+# %%
+def _add_heat_bar(fig: Figure) -> None:
+    """A colour bar below the grid, in room of its own."""
+    colours = colormaps["inferno"](np.linspace(0, 1, 256))
+    opacity = HEAT_OPACITY * np.linspace(0, 1, 256)[:, None]
+    faded = ListedColormap((1 - opacity) + opacity * colours)
+    length = 2.5  # inches
+    bar = fig.colorbar(
+        ScalarMappable(cmap=faded),
+        ax=fig.axes,
+        location="bottom",
+        shrink=length / fig.get_figwidth(),
+        aspect=length / 0.12,
+        ticks=[0, 0.5, 1],
+    )
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("heat: low → high", size=8)
+    fig.set_figheight(fig.get_figheight() + 1)  # enough; what is left over goes
+    trim_grid(fig)
+
+
+# %% [markdown]
+# #### Against the baselines, and against others
 #
 # A point with its 95 % interval for everything that was measured here. Published figures, where
 # given, are drawn differently on purpose: they come from other training, often from another split,

@@ -1,7 +1,7 @@
 """What all figures share: how they are made, their colours, their mark and how they are saved."""
 
 # %% [markdown]
-# ### Figures that know how to be shown
+# #### Figures that know how to be shown
 #
 # Every plotting function below takes data and *returns* a figure; none of them touches the global
 # state of `pyplot`. So a figure is shown once, where the cell ends with it, and can be saved or
@@ -86,7 +86,7 @@ def set_figure_title(fig: Figure, text: str) -> None:
 
 
 # %% [markdown]
-# #### A colour for every class
+# ##### A colour for every class
 #
 # The same emotion has the same colour in every figure. The eight colours are those of Okabe and Ito
 # (2008), chosen to stay apart for readers with a colour-vision deficiency, and dealt out by custom:
@@ -124,7 +124,7 @@ def ink_on(colour: str) -> str:
 
 
 # %% [markdown]
-# #### Never mistake a drawing for a result
+# ##### Never mistake a drawing for a result
 #
 # A figure outlives the notebook it was made in. Where the data were the built-in sample, the figure
 # itself must say so, in a strip at the top that belongs to nothing else.

@@ -1,12 +1,13 @@
 """Figures of the training: the plan for the learning rates, and what came of it."""
 
 # %% [markdown]
-# ### Seeing the plan before it runs
+# #### Seeing the plan before it runs
 #
 # The schedule is a function of the epoch alone, so it can be drawn before anything is trained: how
 # fast each part learns, when which layers thaw, and when mixing stops.
 
 # %%
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def plot_schedule(
     """Learning rates over the epochs, on a log scale (a rate of 0 is left out).
 
     Args:
-        schedule: columns epoch (fractional, from 0), lr_head and lr_backbone.
-        thaws: (number of epochs before it, what thaws) pairs.
+        schedule: columns epoch (at a step's start, fractional, from 0), lr_head, lr_backbone.
+        thaws: (number of epochs before it, what thaws) pairs; any after the end is left out.
         mix_off: the number of epochs after which images are no longer mixed.
 
     Raises:
@@ -40,14 +41,15 @@ def plot_schedule(
     fig, axes = new_figure(10, 3.8)
     ax = axes[0, 0]
     _draw_rates(ax, schedule)
-    for i, (epoch, label) in enumerate(thaws):
+    last = math.floor(schedule["epoch"].max()) + 1  # the end of the epoch of the last step
+    for i, (epoch, label) in enumerate(thaw for thaw in thaws if thaw[0] < last):
         style = EVENT_STYLES[i % len(EVENT_STYLES)]
         ax.axvline(epoch, color="0.35", linestyle=style, label=f"after epoch {epoch:g}: {label}")
     if mix_off is not None:
-        last = max(float(schedule["epoch"].max()), mix_off)
-        ax.axvspan(
-            mix_off, last, color="0.9", zorder=0, label=f"after epoch {mix_off:g}: no mixing"
-        )
+        label = f"after epoch {mix_off:g}: no mixing"
+        ax.axvspan(min(mix_off, last), last, color="0.9", zorder=0, label=label)
+    ax.set(xlim=(0, last), xlabel="epochs done")
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     ax.set_title("Learning rates", loc="left")
     fig.legend(loc="outside lower center", ncols=3, frameon=False)
     return fig
@@ -81,7 +83,7 @@ def _point_marker(table: pd.DataFrame) -> str:
 
 
 # %% [markdown]
-# ### Reading a training run
+# #### Reading a training run
 #
 # Six panels, from left to right:
 #
@@ -130,7 +132,8 @@ def plot_history(
     _draw_gap(gap, history)
     _draw_rates(rates, history)
     _draw_curve(speed, history, "images_per_second", "training", TRAIN_COLOUR)
-    speed.set_ylim(bottom=0)
+    fastest = history["images_per_second"].max()
+    speed.set_ylim(0, 1.1 * fastest if fastest > 0 else None)
     titles = ["Loss", "Validation accuracy", "Validation macro F1"]
     titles += ["Accuracy on clean images", "Learning rates", _speed_title(history)]
     labels = ["loss", "accuracy", "macro F1", "accuracy", "learning rate", "images per second"]

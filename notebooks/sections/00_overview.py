@@ -19,8 +19,12 @@
 #    network looks at, and three baselines trained in the same run, so that you can tell what all of
 #    it was worth.
 #
-# Everything is defined in the notebook itself, right where it is explained. Nothing is quoted that
-# was not measured here, save for a few published figures that are marked as such.
+# Everything is defined in the notebook itself, right where it is explained. No result of a model is
+# quoted that this run did not measure, save for published figures that are marked as such.
+#
+# Some words you will meet: the *backbone* is the pretrained part of the network, the *head* the new
+# classifier on top of it; *frozen* parts do not learn, *thawed* ones do; *EMA* is a moving average
+# of the weights; *macro F1* is a score that counts every class alike.
 
 # %% [markdown]
 # > This notebook is generated from `notebooks/sections/` and `emotion_transfer/`. To change it for

@@ -6,7 +6,7 @@
 #
 # | to | set |
 # |---|---|
-# | train on your own split | `{"DATA_ROOT": "data/processed/EmoSet_splits"}` |
+# | train on your own pictures | `{"DATA_ROOT": "data/processed/pictures"}` |
 # | use the smaller network | `{"MODEL_NAME": "efficientnet_b0"}` |
 # | fit into less memory | `{"ACCUMULATE": 2}`, or `{"BATCH_SIZE": 16}` |
 # | see in a minute whether all of it runs | `{"DEBUG": True, "EPOCHS": 1}` |

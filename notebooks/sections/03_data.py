@@ -1,7 +1,8 @@
 # %% [markdown]
 # ## 3. Data
 #
-# First the two places data can come from: the sample that is drawn by code, and your own CSVs.
+# First the two places data can come from: the sample that is drawn by code, and your own CSVs. If
+# you only want to *use* the notebook, read on at *Load the splits*.
 
 # %%
 from emotion_transfer.sample import draw_sample
@@ -21,8 +22,8 @@ if synthetic:
     cfg = make_config(OVERRIDES, QUICK_PROFILE)
     print("SYNTHETIC SAMPLE with the quick profile:")
     print("  " + ", ".join(f"{name}={getattr(cfg, name)}" for name in QUICK_PROFILE))
-data = load_data(cfg)
-print(f"{data.name}: {len(data.classes)} classes in {data.root}")
+listed = load_data(cfg)
+print(f"{listed.name}: {len(listed.classes)} classes in {listed.root}")
 
 # %%
 from emotion_transfer.runs import make_run_folder
@@ -31,23 +32,22 @@ from emotion_transfer.runs import make_run_folder
 # Everything that this run writes goes here:
 
 # %%
-run_dir = make_run_folder(cfg, data)
+run_dir = make_run_folder(cfg, listed)
 print(run_dir)
-
-# %% [markdown]
-# ### Check and decode every image
 
 # %%
 from emotion_transfer.cache import check_images
 
 # %% [markdown]
+# ### Check and decode every image
+#
 # Now the pass itself. The second time it takes a moment: only new and changed files are read.
 
 # %%
-checked = check_images(cfg, data)
+checked = check_images(cfg, listed)
 data = checked.data
 print(f"{len(checked.bad)} images cannot be used and are left out")
-checked.bad
+checked.bad if len(checked.bad) else None
 
 # %%
 from emotion_transfer.plots.style import save_figure
@@ -77,7 +77,8 @@ from emotion_transfer.loader import make_datasets
 # %% [markdown]
 # ### Look at the images
 #
-# Always look at your data. Do the labels make sense to you? Would *you* get them right?
+# Always look at your data. Do the labels make sense to you? Would *you* get them right? From here
+# on everything random follows from `SEED`.
 
 # %%
 seed_everything(cfg.SEED)

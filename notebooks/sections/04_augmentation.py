@@ -75,19 +75,21 @@ keep_figure(plot_rows(rows, "Augmentation"), name="augmentation")
 # ### Mixing two images
 #
 # MixUp lays one image over another, CutMix pastes a piece of one into the other; the target is
-# mixed in the same proportion. The network learns to be unsure where it should be. Look at the
-# share of the first image in each: it is the weight its label gets.
+# mixed in the same proportion, printed below. The network learns to be unsure where it should be.
+# The picture draws the shares evenly (an alpha of 1) so that the mixture shows; at
+# `MIXUP_ALPHA = 0.2` most of them lie near 0 or 1.
 
 # %%
-position = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS)
-plain = apply_augmentation(
-    few, draw_augmentation(settings["as it is"], position), cfg.IMG_SIZE, mean, std
-)
+unchanged = draw_augmentation(settings["as it is"], draws)
+plain = apply_augmentation(few, unchanged, cfg.IMG_SIZE, mean, std)
 mixed_rows = {"before": list(denormalise(plain, mean, std))}
-for name, off in (("MixUp", "CUTMIX_ALPHA"), ("CutMix", "MIXUP_ALPHA")):
-    only: dict[str, Any] = {off: 0.0, "MIX_PROB": 1.0, "EPOCHS": 40}
+for name, alpha, off in (
+    ("MixUp", "MIXUP_ALPHA", "CUTMIX_ALPHA"),
+    ("CutMix", "CUTMIX_ALPHA", "MIXUP_ALPHA"),
+):
+    only: dict[str, Any] = {off: 0.0, alpha: 1.0, "MIX_PROB": 1.0, "MIX_OFF_EPOCHS": 0}
     always = dataclasses.replace(cfg, **only)
     mixing = draw_mixing(always, 0, 0, len(few))
     mixed_rows[name] = list(denormalise(mix_images(plain, mixing), mean, std))
-    print(f"{name}: share of the first image", [round(float(lam), 2) for lam in mixing.lam])
+    print(f"{name}: share of the image above", [round(float(lam), 2) for lam in mixing.lam])
 keep_figure(plot_rows(mixed_rows, "MixUp and CutMix"), name="mixing")

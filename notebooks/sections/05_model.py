@@ -1,5 +1,7 @@
 # %% [markdown]
 # ## 5. Model
+#
+# A pretrained backbone, a new head, and a plan of what trains when.
 
 # %%
 from emotion_transfer.model import (

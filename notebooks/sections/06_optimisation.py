@@ -1,5 +1,7 @@
 # %% [markdown]
 # ## 6. Optimisation
+#
+# What is minimised, and how fast each part may move.
 
 # %%
 from emotion_transfer.losses import SoftTargetLoss, class_weights

@@ -2,7 +2,7 @@
 # ## 7. Training engine
 #
 # The loop that follows is longer than the usual tutorial's, because a night of training is worth
-# protecting: every part of it can be interrupted, and nothing in it is random without a reason.
+# protecting: every part of it can be interrupted, and everything random in it can be repeated.
 
 # %%
 from emotion_transfer.checkpoint import load_newest

@@ -1,7 +1,8 @@
 # %% [markdown]
 # ## 8. Training
 #
-# If this run was begun before, its checkpoints are here, and training goes on from the newest.
+# If this run was begun before, its checkpoints are listed here, and training goes on from the
+# newest. An empty list means a new run.
 
 # %%
 from emotion_transfer.checkpoint import list_checkpoints
@@ -41,6 +42,8 @@ from emotion_transfer.metrics import evaluate_predictions, gap_verdict
 
 # %% [markdown]
 # ### The verdict on the gap
+#
+# The gap at the best epoch, judged against what chance alone would give with so many images.
 
 # %%
 row = result.history["epoch"].tolist().index(result.best_epoch)

@@ -55,8 +55,8 @@ keep_figure(plot_per_class(report), name="per_class")
 # ### Confusion
 #
 # Rows are the true classes, columns the answers. Left are counts; right, each row is divided by its
-# sum, so that the diagonal shows the recall. Emotions that share their polarity or their arousal
-# are the ones people confuse too.
+# sum, so that the diagonal shows the recall. Emotions that are alike in being pleasant or
+# unpleasant (polarity), or calm or agitated (arousal), are the ones people confuse too.
 
 # %%
 from sklearn.metrics import confusion_matrix
@@ -78,11 +78,10 @@ most_confused_pairs(confusion, data.classes)
 # mixing tend to cause.
 
 # %%
-from emotion_transfer.metrics import expected_calibration_error, reliability_table
+from emotion_transfer.metrics import reliability_table
 
 reliability = reliability_table(test.labels, test.probabilities)
-ece = expected_calibration_error(test.labels, test.probabilities)
-keep_figure(plot_reliability(reliability, ece), name="reliability")
+keep_figure(plot_reliability(reliability, metrics["test"]["ece"]), name="reliability")
 
 # %% [markdown]
 # ### Its most confident mistakes
@@ -108,9 +107,10 @@ keep_figure(figure, name="mistakes")
 from emotion_transfer.explain import grad_cam
 
 # %% [markdown]
-# One image of each class, and what in it made the network say what it said. Warm places speak for
-# the answer. A network that looks at a frame or a watermark has learnt the wrong thing, however
-# good its accuracy.
+# One image of each class, and what in it made the network say what it said. Bright places speak for
+# the answer. Each map is scaled to its own highest value, and its cells are coarse: an image of 96
+# pixels has 3 x 3 of them, one of 224 has 7 x 7. A network that looks at a frame or a watermark has
+# learnt the wrong thing, however good its accuracy.
 
 # %%
 from emotion_transfer.augment import prepare_images

@@ -1,11 +1,15 @@
 # %% [markdown]
 # ## 11. Summary file and export
+#
+# What the run leaves for other programs, and a model that can be handed on.
 
 # %%
 from emotion_transfer.report import closing_text, summarise_run, write_summary
 
 # %% [markdown]
 # ### This run's summary
+#
+# All figures above, with the settings and versions that gave them.
 
 # %%
 summary = summarise_run(cfg, data, result, metrics, comparison)
@@ -32,7 +36,7 @@ for name, probability in top_classes(answer, exported.classes):
 sorted(file.name for file in export_dir.iterdir())
 
 # %% [markdown]
-# The same from a shell, for as many images as you like:
+# The same from a shell, in a checkout of the project, for as many images as you like:
 #
 # ```
 # python -m emotion_transfer.predict --model RUN_FOLDER/export IMAGE...
