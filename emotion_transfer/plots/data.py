@@ -98,7 +98,7 @@ def plot_image_grid(
     fig, axes = new_figure(max(4.0, cell * columns), height, rows, columns)
     for i, ax in enumerate(axes.flat):
         ax.set_axis_off()
-        ax.set_anchor("N")  # all that is left over lies below the image, where trim_grid finds it
+        ax.set_anchor("N")  # all that is left over lies below the image, where _trim_grid finds it
         if i < len(images):
             ax.imshow(images[i])
             heading = ax.set_title(names[i], size=8, pad=4)
@@ -107,7 +107,7 @@ def plot_image_grid(
                 heading.set_bbox({"facecolor": title_colours[i], "edgecolor": "none", "pad": 1.5})
     if title:
         set_figure_title(fig, title)
-    trim_grid(fig)
+    _trim_grid(fig)
     return fig
 
 
@@ -120,7 +120,7 @@ def plot_image_grid(
 GRID_PAD = 0.05  # inches below each row, which the layout asks for once nothing is left over
 
 
-def trim_grid(fig: Figure) -> None:
+def _trim_grid(fig: Figure) -> None:
     """Lower `fig` by the height that the images of its grid leave empty."""
     fig.draw_without_rendering()
     spare: dict[int, float] = {}

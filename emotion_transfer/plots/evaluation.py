@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from emotion_transfer.metrics import Estimate
-from emotion_transfer.plots.data import plot_image_grid, trim_grid
+from emotion_transfer.plots.data import plot_image_grid
 from emotion_transfer.plots.style import class_colours, fit_text, new_figure
 
 
@@ -219,19 +219,20 @@ def _add_heat_bar(fig: Figure) -> None:
     colours = colormaps["inferno"](np.linspace(0, 1, 256))
     opacity = HEAT_OPACITY * np.linspace(0, 1, 256)[:, None]
     faded = ListedColormap((1 - opacity) + opacity * colours)
-    length = 2.5  # inches
+    strip, length, width = 0.6, 2.5, fig.get_figwidth()  # inches
+    height = fig.get_figheight() + strip
+    fig.set_figheight(height)
+    layout = fig.get_layout_engine()
+    if layout is not None:
+        layout.set(rect=(0, strip / height, 1, 1 - strip / height))  # type: ignore[call-arg]
+    place = ((width - length) / 2 / width, 0.42 / height, length / width, 0.12 / height)
+    ax = fig.add_axes(place)
+    ax.set_in_layout(False)
     bar = fig.colorbar(
-        ScalarMappable(cmap=faded),
-        ax=fig.axes,
-        location="bottom",
-        shrink=length / fig.get_figwidth(),
-        aspect=length / 0.12,
-        ticks=[0, 0.5, 1],
+        ScalarMappable(cmap=faded), cax=ax, orientation="horizontal", ticks=[0, 0.5, 1]
     )
-    bar.ax.tick_params(labelsize=8)
-    bar.set_label("heat: low → high", size=8)
-    fig.set_figheight(fig.get_figheight() + 1)  # enough; what is left over goes
-    trim_grid(fig)
+    ax.tick_params(labelsize=8, pad=2)
+    bar.set_label("heat: low → high", size=8, labelpad=1)
 
 
 # %% [markdown]
