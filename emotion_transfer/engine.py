@@ -449,6 +449,14 @@ class Saver:
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
 
+    def save_settings(self) -> None:
+        """Write ``config.json`` beside the checkpoints, for people; fails as ``save`` does."""
+        text = config_to_json(self.cfg) + "\n"
+        try:
+            write_atomically(self.folder.parent / "config.json", lambda f: f.write(text.encode()))
+        except OSError as error:
+            self._complain(error)
+
     def save(self, trainer: Trainer, progress: Progress) -> None:
         """Write history and checkpoint; raises ``CheckpointError`` if ``ON_SAVE_ERROR="stop"``."""
         try:
@@ -650,7 +658,7 @@ def fit(
     set_deterministic(cfg.DETERMINISTIC)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            for leftover in [*folder.glob(".*.tmp"), *folder.parent.glob(".history.csv.*.tmp")]:
+            for leftover in [*folder.glob(".*.tmp"), *folder.parent.glob(".*.[0-9]*.tmp")]:
                 leftover.unlink()
             return run_epochs(cfg, model, datasets, folder)
     except Timeout as error:
@@ -677,8 +685,7 @@ def run_epochs(
     progress = resume(trainer, datasets, saved) if saved else Progress()
     saver = Saver(cfg, folder, datasets)
     report_start(trainer, progress)
-    text = config_to_json(cfg) + "\n"
-    write_atomically(folder.parent / "config.json", lambda file: file.write(text.encode()))
+    saver.save_settings()
     if saved is None:  # keeps the measured precision, and finds a full disk before it costs an hour
         saver.save(trainer, progress)
     with deferred_interrupt() as asked, torch.autograd.set_detect_anomaly(cfg.DEBUG):

@@ -32,7 +32,7 @@ from emotion_transfer import checkpoint as checkpoint_module
 from emotion_transfer import engine
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.checkpoint import CheckpointError, list_checkpoints, load_verified
-from emotion_transfer.config import ConfigError
+from emotion_transfer.config import ConfigError, config_from_json
 from emotion_transfer.engine import begin_epoch, ema_decay, fit, make_trainer, train_step
 from emotion_transfer.evaluation import predict
 from emotion_transfer.loader import Batch, batch_slices, steps_per_epoch, training_order
@@ -430,7 +430,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert train.accuracy == row["train_clean_accuracy"]
     assert row["gap"] == train.accuracy - again.accuracy
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"history.csv"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"history.csv", "config.json"}
+    assert config_from_json((tmp_path / "config.json").read_text()) == cfg
     states = [path.name[:-20] for path in list_checkpoints(tmp_path / "checkpoints")]
     assert states == ["epoch004-step000000", "epoch003-step000000"]
 
@@ -617,16 +618,15 @@ def interrupted(tmp_path):
 )  # fmt: skip
 def test_another_setting_is_refused_by_name(interrupted, name, value):
     cfg, folder = interrupted
-    before = {p: p.read_bytes() for p in folder.rglob("*.pt")}
+    files = [*folder.rglob("*.pt"), folder / "config.json"]
+    before = {p: p.read_bytes() for p in files}
     changed = dataclasses.replace(cfg, **{name: value})
-    if name in ("EMA_DECAY", "HEAD", "AMP"):  # refused before its state is loaded
-        assert build_model(changed, 3)
     with pytest.raises(ConfigError) as caught:
         run(changed, folder)
     shown = str(caught.value)
     assert f"  {name}: {getattr(cfg, name)!r} before, {value!r} now" in shown
     assert shown.count(" before, ") == 1 and "RUN_NAME" in shown and "INIT_FROM" in shown
-    assert before == {p: p.read_bytes() for p in folder.rglob("*.pt")}
+    assert before == {p: p.read_bytes() for p in files}
 
 
 def test_every_changed_setting_is_named(interrupted):
@@ -718,7 +718,8 @@ def test_a_new_run_has_a_checkpoint_before_its_first_step(tmp_path):
 
 def test_files_of_a_killed_process_are_cleared_away(interrupted):
     cfg, folder = interrupted
-    leftovers = [folder / "checkpoints/.epoch001.pt.77.tmp", folder / ".history.csv.77.tmp"]
+    names = ["checkpoints/.epoch001.pt.77.tmp", ".history.csv.77.tmp", ".config.json.8.tmp"]
+    leftovers = [folder / name for name in names]
     other = folder / ".notes.tmp"
     for path in (*leftovers, other):
         path.write_text("half")

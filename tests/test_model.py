@@ -209,6 +209,15 @@ def test_random_weights_are_used_only_where_asked_for(no_hub, capsys):
         make_backbone("efficientnet_b0", "DEFAULT")
 
 
+def test_a_run_from_other_weights_looks_for_those_its_baselines_need(no_hub):
+    """Now, and not after a night of training."""
+    settings = {"MODEL_NAME": "resnet50", "INIT_FROM": "best.pt"}
+    cfg = make_config({**settings, "BASELINES": ("majority",)})
+    assert choose_backbone(cfg, synthetic=False) is cfg
+    with pytest.raises(WeightsError, match="not in"):
+        choose_backbone(make_config(settings), synthetic=False)
+
+
 @pytest.mark.parametrize("synthetic", [True, False])
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "weights/absent.pth"])
 def test_a_wrong_name_is_answered_with_the_right_ones(no_hub, synthetic, weights):
