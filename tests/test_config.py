@@ -99,6 +99,7 @@ def wrong_values() -> list[tuple[str, Any]]:
     return cases
 
 
+@pytest.mark.bad_table
 @pytest.mark.parametrize(("name", "value"), wrong_values())
 def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -180,6 +180,7 @@ MALFORMED: dict[str, tuple[str | bytes, int | None, str]] = {
 }
 
 
+@pytest.mark.bad_table
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_csvs_are_named_with_row_and_reason(tmp_path: Path, case: str) -> None:
     content, row, reason = MALFORMED[case]
@@ -301,6 +302,7 @@ MALFORMED_MAPS: dict[str, str | bytes] = {
 }
 
 
+@pytest.mark.bad_table
 @pytest.mark.parametrize("case", MALFORMED_MAPS)
 def test_malformed_label_maps_are_named(tmp_path: Path, case: str) -> None:
     content = MALFORMED_MAPS[case]

@@ -497,6 +497,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.bad_image
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_files_are_image_errors_with_a_reason(case: str) -> None:
@@ -528,6 +529,7 @@ TRUNCATED: dict[str, bytes] = {
 }
 
 
+@pytest.mark.bad_image
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TRUNCATED)
 def test_a_truncated_file_is_an_error_unless_all_of_its_pixels_are_there(kind: str) -> None:

@@ -746,13 +746,14 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path)
     )
     command = [sys.executable, "-c", code, str(folder / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=r"another process .*RUN_NAME"):
-            run(cfg, tmp_path)
-        assert not list_checkpoints(folder)
-        other.kill()
-        other.wait()
-        result, _ = run(cfg, tmp_path)
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError, match=r"another process .*RUN_NAME"):
+                run(cfg, tmp_path)
+            assert not list_checkpoints(folder)
+        finally:
+            other.kill()
+    result, _ = run(cfg, tmp_path)
     assert result.finished
 
 
