@@ -267,6 +267,18 @@ def test_a_run_outlives_its_best_model(run_folder, capsys):
     assert not list(run_folder.glob("*.damaged"))
 
 
+def test_damage_to_both_is_told_apart(run_folder):
+    """The newest is set aside, the one before it lacks only its best model and is used."""
+    newest, second, _ = list_checkpoints(run_folder)
+    for path in (newest, *run_folder.glob("best-*")):
+        flip(path, 0.5)
+    saved = load_newest(run_folder)
+    assert position(saved) == (1, 7) and saved["best_file"] is None
+    assert not newest.exists() and second.exists()
+    save_checkpoint(run_folder, payload(1, 8), keep=1)
+    assert position(load_newest(run_folder)) == (1, 8)
+
+
 def test_a_complete_run_without_its_best_model_is_an_error(tmp_path):
     save_checkpoint(tmp_path, payload(4, best=save_best(tmp_path, 2), finished="done"), keep=1)
     flip(next(tmp_path.glob("best-*")), 0.5)

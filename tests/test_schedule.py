@@ -52,7 +52,7 @@ def test_a_cycle_begins_at_every_thaw(settings, bounds):
 @pytest.mark.parametrize(("settings", "bounds"), SETTINGS)
 @pytest.mark.parametrize("base", [3e-3, 3e-5])
 def test_the_rates_are_those_of_pytorchs_schedulers(settings, bounds, base):
-    cfg, steps = make_config({**settings, "MIN_LR": 1e-6}), 9
+    cfg, steps = make_config({**settings, "MIN_LR": 1e-6}), 50
     count = cfg.EPOCHS * steps
 
     def cosines(optimizer):
