@@ -42,9 +42,9 @@ test: lint check
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# make torture kills runs at random, damages their files, feeds them rubbish; 30 minutes and more
+# make torture kill runs at random, damage their files, feed them rubbish; half an hour on 2 cores
 torture: .venv/installed
-	$(BIN)/python -m benchmarks.torture
+	$(BIN)/python -m benchmarks.torture $(TORTURE)
 
 # make clean   remove the sample, the image cache and all runs (not the environment)
 clean:

@@ -135,8 +135,6 @@ def make_usual(
     usual = repeat_files(work / "usual", source, plan.usual_images)
     split, cfg = make_split(usual), bench_config(plan, device)
     counts = {"usual notebook, 4 workers": 4, "usual notebook, a worker a core": cores()}
-    if device.type == "cpu":  # there, more workers than cores only stand in the step's way
-        counts.pop("usual notebook, 4 workers")
     return {
         name: UsualNotebook(cfg, split, plan.usual_batch, workers, device)
         for name, workers in counts.items()

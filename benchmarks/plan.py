@@ -33,8 +33,8 @@ class Plan:
 
 CPU = Plan(
     repeats=5, seconds=1.2, files=64, map_images=4096, input_size=224, train_size=96,
-    model="resnet50", step_batch=16, steps=2, compiled_steps=False, epoch_batch=32, epoch_steps=4,
-    usual_images=128, usual_batch=32, set_sizes=(1000, 5000, 25000, 50000), set_reads=50000,
+    model="resnet50", step_batch=16, steps=2, compiled_steps=False, epoch_batch=32, epoch_steps=8,
+    usual_images=256, usual_batch=32, set_sizes=(1000, 5000, 25000, 50000), set_reads=50000,
     set_side=110, memory_batches=(8, 16, 32, 64),
 )  # fmt: skip
 CUDA = Plan(

@@ -1,11 +1,16 @@
 """Kill runs at random instants, damage their files, feed them rubbish: ``make torture``.
 
-Every training run happens in a forked child, so that a kill costs no new start of PyTorch. Writes
-``benchmarks/results/torture.json``; its ``summary`` counts what was tried and what survived.
+Every training run happens in a forked child, so that a kill costs no new start of PyTorch, and goes
+on with another number of workers, with or without the cache. Writes
+``benchmarks/results/torture.json``; its ``summary`` counts what was tried and what survived:
+``bit_identical`` are the kills whose run then ended in the very state of one never killed.
+
+On a GPU: ``make torture TORTURE="--device cuda --amp bf16"``, with deterministic algorithms.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -16,6 +21,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.measure import synchronise
+from benchmarks.results import describe_machine
 from emotion_transfer.augment import AUGMENT_DRAWS, draw_augmentation
 from emotion_transfer.cache import check_images
 from emotion_transfer.checkpoint import (
@@ -64,15 +73,28 @@ def draw_images(root: Path, train: int = 20, other: int = 6) -> Path:
     return root
 
 
-def settings(data: Path, folder: Path, model: str, every: float) -> EnhancedConfig:
+@dataclass(frozen=True)
+class Where:
+    """What the runs train on."""
+
+    device: str = "cpu"
+    amp: str = "off"
+
+    @property
+    def results(self) -> Path:
+        plain = self == Where()
+        return RESULTS / f"torture{'' if plain else f'-{self.device}-{self.amp}'}.json"
+
+
+def settings(where: Where, data: Path, folder: Path, model: str, every: float) -> EnhancedConfig:
     """A short run with every thaw, mixing, averaging and augmentation in it."""
     return make_config({
         "DATASET": "files", "DATA_ROOT": str(data), "OUTPUT_ROOT": str(folder),
         "CACHE_DIR": str(folder / "cache"), "RUN_NAME": "run", "MODEL_NAME": model,
         "WEIGHTS": "DEFAULT" if model == "efficientnet_lite0" else None, "IMG_SIZE": 32,
         "BATCH_SIZE": 8, "EPOCHS": 4, "WARMUP_EPOCHS": 1, "THAW_EPOCHS": [1, 2],
-        "MIX_OFF_EPOCHS": 1, "AMP": "off", "DEVICE": "cpu", "CHECKPOINT_EVERY": every,
-        "NUM_WORKERS": 1, "LOG_EVERY": 2,
+        "MIX_OFF_EPOCHS": 1, "CHECKPOINT_EVERY": every, "NUM_WORKERS": 1, "LOG_EVERY": 2,
+        "DEVICE": where.device, "AMP": where.amp, "DETERMINISTIC": where.device != "cpu",
     })  # fmt: skip
 
 
@@ -116,7 +138,8 @@ def final_state(cfg: EnhancedConfig) -> dict[str, Any]:
 def identical(a: Any, b: Any) -> bool:
     """Whether two nested states agree to the last bit."""
     if isinstance(a, torch.Tensor):
-        return bool(isinstance(b, torch.Tensor) and torch.equal(a, b))
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return same and torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
@@ -124,15 +147,17 @@ def identical(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def kill_until_done(cfg: EnhancedConfig, span: float, rng: random.Random, log: Path) -> int:
-    """Run `cfg`, killing it at instants up to `span` seconds in, until it ends; counts kills.
+def kill_until_done(
+    cfg: EnhancedConfig, span: float, rng: random.Random, log: Path
+) -> tuple[int, bool]:
+    """Run `cfg`, killing it at instants up to `span` seconds in, until it ends by itself.
 
-    Raises:
-        RuntimeError: if the run ended by itself with an error, that is, if it was lost.
+    Returns the number of kills, and whether it ended well.
     """
     kills = 0
     while True:
-        pid = in_child(lambda: run_once(cfg), log)
+        changed = {"NUM_WORKERS": rng.randrange(4), "CACHE": rng.random() < 0.7}
+        pid = in_child(partial(run_once, dataclasses.replace(cfg, **changed)), log)
         deadline = time.monotonic() + rng.uniform(0.02, span)
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -143,47 +168,47 @@ def kill_until_done(cfg: EnhancedConfig, span: float, rng: random.Random, log: P
                 _, status = os.waitpid(pid, 0)
                 break
             time.sleep(0.002)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            kills += 1
-        elif os.WEXITSTATUS(status) == 0:
-            return kills
-        else:
-            raise RuntimeError(f"the run was lost: {log.read_text()[-2000:]}")
+        if os.WIFEXITED(status):
+            return kills, os.WEXITSTATUS(status) == 0
+        kills += 1
 
 
 def torture_kills(
-    work: Path, model: str, wanted: int, every: float, rng: random.Random
+    where: Where, work: Path, model: str, wanted: int, every: float, rng: random.Random
 ) -> dict[str, Any]:
     """At least `wanted` kills over as many runs of `model` as that takes."""
     data = draw_images(work / "data")
-    reference = settings(data, work / f"{model}-reference", model, 1e9)
+    reference = settings(where, data, work / f"{model}-reference", model, 1e9)
     begun = time.monotonic()
     pid = in_child(lambda: run_once(reference), work / "reference.log")
     if os.waitpid(pid, 0)[1]:
         raise RuntimeError((work / "reference.log").read_text())
     seconds = time.monotonic() - begun
     expected = final_state(reference)
-    result = {"model": model, "kills": 0, "runs": 0, "lost": 0, "identical": 0, "seconds": seconds}
+    result = {
+        "model": model, "kills": 0, "runs": 0, "lost": 0, "bit_identical": 0, "seconds": seconds,
+    }  # fmt: skip
     while result["kills"] < wanted:
         folder = work / f"{model}-victim-{result['runs']}"
-        cfg = settings(data, folder, model, every)
+        cfg = settings(where, data, folder, model, every)
         folder.mkdir()
         result["runs"] += 1
-        try:
-            result["kills"] += kill_until_done(cfg, 0.8 * seconds, rng, folder / "log")
-            result["identical"] += identical(final_state(cfg), expected)
-        except RuntimeError as error:
+        kills, survived = kill_until_done(cfg, 0.8 * seconds, rng, folder / "log")
+        result["kills"] += kills
+        if survived:
+            result["bit_identical"] += kills * identical(final_state(cfg), expected)
+        else:
             result["lost"] += 1
-            print(error)
+            print((folder / "log").read_text()[-2000:])
         print(result, flush=True)
         shutil.rmtree(folder)
     return result
 
 
-def torture_files(work: Path, rng: random.Random) -> dict[str, int]:
+def torture_files(where: Where, work: Path, rng: random.Random) -> dict[str, int]:
     """Cut and flip every kept checkpoint in turn: the one before it must be used, or an error."""
     data = draw_images(work / "data")
-    cfg = settings(data, work / "damage", "efficientnet_lite0", 0.0)
+    cfg = settings(where, data, work / "damage", "efficientnet_lite0", 0.0)
     pid = in_child(lambda: run_once(cfg), work / "damage.log")
     os.waitpid(pid, 0)
     folder = checkpoints_of(cfg)
@@ -214,25 +239,31 @@ def torture_files(work: Path, rng: random.Random) -> dict[str, int]:
     return {"checkpoints_damaged": damaged, "fallbacks_right": right}
 
 
-def measure_overhead(work: Path) -> dict[str, float]:
+def measure_overhead(where: Where, work: Path) -> dict[str, float]:
     """What exactness and checkpoints cost a ResNet50 run, in per cent of its time."""
     data = draw_images(work / "data")
     cfg = make_config({
         "DATASET": "files", "DATA_ROOT": str(data), "OUTPUT_ROOT": str(work / "overhead"),
         "CACHE_DIR": str(work / "cache"), "WEIGHTS": None, "IMG_SIZE": 96, "BATCH_SIZE": 32,
-        "EPOCHS": 2, "WARMUP_EPOCHS": 0, "AMP": "off", "BALANCE": "none",
+        "EPOCHS": 2, "WARMUP_EPOCHS": 0, "BALANCE": "none",
+        "DEVICE": where.device, "AMP": where.amp,
     })  # fmt: skip
     datasets = make_datasets(cfg, check_images(cfg, load_data(cfg)))
     trainer = make_trainer(cfg, build_model(cfg, len(CLASSES)), datasets["train"])
     begin_epoch(trainer, 0)
-    batch = Batch(*datasets["train"].__getitems__(list(range(32))))
+    found = datasets["train"].__getitems__(list(range(32)))
+    batch = Batch(*(tensor.to(trainer.device) for tensor in found))
 
     def seeding() -> None:
         torch.manual_seed(step_seed(cfg.SEED, 0, 0))
         draw_augmentation(cfg, draw_uniforms(cfg.SEED, 0, 0, 32, AUGMENT_DRAWS))
         draw_mixing(cfg, 0, 0, 32)
 
-    step = median_seconds(lambda: train_step(trainer, batch, 0, 0, 1), 7)
+    def step_done() -> None:
+        train_step(trainer, batch, 0, 0, 1)
+        synchronise(trainer.device)
+
+    step = median_seconds(step_done, 7)
     drawing = median_seconds(seeding, 50)
     folder = work / "sizes"
     gc.collect()
@@ -287,42 +318,46 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=100, help="at least so many (default 100)")
     parser.add_argument("--large", type=int, default=5, help="of them, for each of the two models")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "torture.json")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))
+    parser.add_argument("--out", type=Path, help="default: under benchmarks/results")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all parts and write the JSON; 1 if anything was lost, wrong or unnamed."""
     args = make_parser().parse_args(arguments)
-    rng = random.Random(args.seed)
+    rng, where = random.Random(args.seed), Where(args.device, args.amp)
     begun = time.monotonic()
     plan = [("efficientnet_lite0", args.kills - 2 * args.large, 0.0)]
     plan += [(model, args.large, 2.0) for model in ("efficientnet_b0", "resnet50")]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        runs = [torture_kills(work, model, n, every, rng) for model, n, every in plan if n > 0]
-        files = torture_files(work, rng)
+        runs = [torture_kills(where, work, name, n, t, rng) for name, n, t in plan if n > 0]
+        files = torture_files(where, work, rng)
         # The forked children must find a process without threads, so what uses them comes last.
-        overhead = measure_overhead(work)
+        overhead = measure_overhead(where, work)
     inputs = torture_inputs()
     summary = {
         "kills": sum(run["kills"] for run in runs),
         "runs": sum(run["runs"] for run in runs),
         "runs_lost": sum(run["lost"] for run in runs),
-        "bit_identical": sum(run["identical"] for run in runs),
+        "bit_identical": sum(run["bit_identical"] for run in runs),
         **files,
         **inputs,
         "overhead_percent": overhead["overhead_percent"],
     }
     report = {
         "summary": summary, "runs": runs, "overhead": overhead,
-        "machine": {"cores": os.cpu_count(), "load": os.getloadavg()},
+        "device": where.device, "amp": where.amp,
+        "machine": describe_machine(torch.device(where.device)) | {"load": os.getloadavg()},
         "versions": software_versions(), "seconds": time.monotonic() - begun,
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    file = args.out or where.results
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
-    whole = summary["bit_identical"] == summary["runs"] and not summary["runs_lost"]
+    whole = summary["bit_identical"] == summary["kills"] and not summary["runs_lost"]
     right = summary["fallbacks_right"] == summary["checkpoints_damaged"]
     return int(not (whole and right and not summary["errors_without_a_name"]))
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from emotion_transfer.augment import prepare_images
 from emotion_transfer.checkpoint import write_atomically
 from emotion_transfer.config import NEUTRAL_FIELDS, EnhancedConfig
-from emotion_transfer.engine import data_fingerprint, fit
+from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import Predictions, predict
 from emotion_transfer.loader import EmotionDataset, batch_slices, fetch_ahead, make_loader
 from emotion_transfer.metrics import Estimate, PairedTest, evaluate_predictions, paired_test
@@ -200,7 +200,7 @@ def baseline_key(cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset]) ->
     """A hash of everything a baseline's answer depends on."""
     plain = dataclasses.asdict(plain_config(cfg))
     facts = {k: v for k, v in plain.items() if k not in NEUTRAL_FIELDS}
-    facts |= {name: data_fingerprint(data) for name, data in datasets.items()}
+    facts |= {name: data.fingerprint() for name, data in datasets.items()}
     facts["classes"] = datasets["train"].classes
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

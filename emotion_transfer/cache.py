@@ -398,6 +398,7 @@ class CheckedData:
     data: EmotionData
     stores: dict[str, ImageStore]
     kept: dict[str, npt.NDArray[np.int64]]
+    digests: dict[str, str]  # of the content of the usable images of each split, in order
     bad: pd.DataFrame  # columns split, row, file, reason
     repeated: pd.DataFrame  # identical files in two splits: columns split, row, file, twice each
     folder: Path
@@ -414,7 +415,7 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
     stores = {n: ImageStore(data.splits[n], folder, cache_size(cfg), cfg.CACHE) for n in SPLITS}
     if cfg.CACHE:
         check_room(list(stores.values()))
-    kept, splits = {}, {}
+    kept, splits, digests = {}, {}, {}
     bad: list[dict[str, Any]] = []
     hashes: list[pd.DataFrame] = []
     for name, store in stores.items():
@@ -427,6 +428,7 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
             if row.reason
         ]
         usable = [rows[i].hash for i in kept[name]]
+        digests[name] = content_hash("".join(usable).encode())
         hashes.append(
             pd.DataFrame({"split": name, "row": splits[name].rows, "file": splits[name].files,
                           "hash": usable})
@@ -437,7 +439,7 @@ def check_images(cfg: EnhancedConfig, data: EmotionData) -> CheckedData:
     repeated = repeated_images(pd.concat(hashes, ignore_index=True))
     refuse_leaks(cfg, data, repeated)
     checked = dataclasses.replace(data, splits=splits)
-    return CheckedData(checked, stores, kept, bad_table, repeated, folder)
+    return CheckedData(checked, stores, kept, digests, bad_table, repeated, folder)
 
 
 # %% [markdown]

@@ -327,16 +327,19 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 
 # %% [markdown]
 # Settings come in two kinds: those that shape what is learnt, and those that only say where files
-# go or how often something is reported. The first kind gives a run its identity, a hash.
+# are, how often something is reported, or what is too bad to go on with. The first kind gives a run
+# its identity, a hash. Where the data lie is of the second kind: what they are is compared image by
+# image, so a data set may be moved in the middle of a run.
 
 
 # %%
 # Fields that cannot change what is learnt, so a run may be resumed with other values.
 NEUTRAL_FIELDS = frozenset(
     {
+        "DATASET", "DATA_ROOT", "IMAGES_ROOT", "ALLOW_DUPLICATES", "MAX_BAD_FRACTION",
         "AUDIT", "NEAR_DUPLICATE_BITS", "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR",
         "NUM_WORKERS", "LOG_EVERY", "BASELINES", "BOOTSTRAP", "CHECKPOINT_EVERY",
-        "CHECKPOINT_KEEP", "ON_SAVE_ERROR",
+        "CHECKPOINT_KEEP", "ON_SAVE_ERROR", "MAX_BAD_STEPS",
     }
 )  # fmt: skip
 

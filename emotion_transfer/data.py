@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -84,6 +85,12 @@ class Split:
     def where(self, index: int) -> str:
         """File and line of position `index`, for messages."""
         return f"{self.csv} row {self.rows[index]} ({self.files[index]})"
+
+    def fingerprint(self, content: str = "") -> str:
+        """Sixteen hex digits that change with the names, the labels, or the digest `content`."""
+        digest = hashlib.sha256("\n".join([content, *self.files]).encode(errors="surrogateescape"))
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
 
     def select(self, keep: npt.NDArray[Any]) -> "Split":
         """The split with only the positions `keep` (int or bool array)."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -101,7 +100,9 @@ def update_average(ema: AveragedModel, model: EmotionClassifier, share: Tensor) 
         pair[1].append(new)
     if copied[0]:
         torch._foreach_copy_(copied[0], copied[1])
-    if moved[0]:
+    if moved[0] and share.device.type == "cpu":  # nothing to wait for: one pass instead of three
+        torch._foreach_lerp_(moved[0], moved[1], float(share))
+    elif moved[0]:
         step = torch._foreach_sub(moved[1], moved[0])
         torch._foreach_mul_(step, share)
         torch._foreach_add_(moved[0], step)
@@ -224,9 +225,14 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     before = [statistic.clone() for statistic in trainer.guarded]
     optimizer.zero_grad(set_to_none=True)
     losses, right = backward(trainer, images, targets)
-    trainer.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), cfg.GRAD_CLIP)
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     finite = torch.isfinite(norm)
+    # The scaler looks at each number; it must also refuse those whose squares overflow together.
+    gradients[0].mul_(torch.where(finite, 1.0, math.nan))
+    trainer.scaler.unscale_(optimizer)
+    norm = norm / trainer.scaler.scale(torch.ones_like(norm))
+    nn.utils.clip_grads_with_norm_(trainer.model.parameters(), cfg.GRAD_CLIP, norm)
     trainer.scaler.step(optimizer)
     trainer.scaler.update(None if trainer.amp == "fp16" else 1.0)
     for statistic, old in zip(trainer.guarded, before, strict=True):
@@ -328,13 +334,6 @@ def monitored(cfg: EnhancedConfig, predictions: Predictions) -> float:
 
 
 # %%
-def data_fingerprint(dataset: EmotionDataset) -> str:
-    """Sixteen hex digits that change with the files or labels of a split."""
-    digest = hashlib.sha256("\n".join(dataset.split.files).encode())
-    digest.update(dataset.split.labels.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def snapshot(
     trainer: Trainer, progress: Progress, datasets: Mapping[str, EmotionDataset]
 ) -> dict[str, Any]:
@@ -350,7 +349,7 @@ def snapshot(
         "amp": trainer.amp,
         "config": settings,
         "classes": list(datasets["train"].classes),
-        "data": {split: data_fingerprint(datasets[split]) for split in ("train", "val")},
+        "data": {split: datasets[split].fingerprint() for split in ("train", "val")},
     }
 
 
@@ -375,9 +374,9 @@ def refuse_other_run(
     if classes != saved["classes"]:
         changed.append(f"  classes: {saved['classes']} before, {classes} now")
     for name, fingerprint in saved["data"].items():
-        if data_fingerprint(datasets[name]) != fingerprint:
+        if datasets[name].fingerprint() != fingerprint:
             csv = datasets[name].split.csv
-            changed.append(f"  the usable images or the labels in {csv} have changed")
+            changed.append(f"  the images or the labels in {csv} have changed")
     if changed:
         raise ConfigError(
             "this run was begun with other settings:\n" + "\n".join(changed) + "\n"

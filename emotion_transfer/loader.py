@@ -80,13 +80,23 @@ class DecodedPixels:
 
 # %%
 class EmotionDataset(Dataset[Batch]):
-    """One split as a PyTorch dataset; indexing with a list gives the whole batch at once."""
+    """One split as a PyTorch dataset; indexing with a list gives the whole batch at once.
 
-    def __init__(self, split: Split, classes: Sequence[str], pixels: PixelSource) -> None:
+    `digest` stands for the content of its image files.
+    """
+
+    def __init__(
+        self, split: Split, classes: Sequence[str], pixels: PixelSource, digest: str = ""
+    ) -> None:
         self.split, self.classes, self.pixels = split, tuple(classes), pixels
+        self.digest = digest
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with the images, their names or their labels."""
+        return self.split.fingerprint(self.digest)
 
     def __getitems__(self, index: Sequence[int]) -> Batch:
         rows = np.asarray(index, dtype=np.int64)
@@ -109,7 +119,7 @@ def make_datasets(cfg: EnhancedConfig, checked: CheckedData) -> dict[str, Emotio
             pixels = MappedPixels(store, checked.kept[name])
         else:
             pixels = DecodedPixels(split, store.side, worker_count(cfg))
-        datasets[name] = EmotionDataset(split, checked.data.classes, pixels)
+        datasets[name] = EmotionDataset(split, checked.data.classes, pixels, checked.digests[name])
     return datasets
 
 

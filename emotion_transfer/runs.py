@@ -1,5 +1,6 @@
 """Where a run keeps what it makes."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from emotion_transfer.data import EmotionData
 # #### A folder for every run
 #
 # Checkpoints, figures, predictions and the summary of a run lie together in one folder. Its name
-# ends in a hash of the settings: change one that shapes the result and a new run begins beside the
-# old one; run the same settings again and the run is found and resumed.
+# ends in a hash of the settings and of the data's names and labels: change one that shapes the
+# result and a new run begins beside the old one; run the same again, even with the data in another
+# place, and the run is found and resumed.
 
 
 # %%
@@ -20,7 +22,9 @@ def run_name(cfg: EnhancedConfig, data: EmotionData) -> str:
     if cfg.RUN_NAME != "auto":
         return cfg.RUN_NAME
     name = "sample" if data.synthetic else f"{data.root.name}-{cfg.MODEL_NAME}"
-    return re.sub(r"[^\w.-]+", "_", f"{name}-{config_hash(cfg)}")
+    facts = [config_hash(cfg), *(split.fingerprint() for split in data.splits.values())]
+    digest = hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{digest}")
 
 
 def make_run_folder(cfg: EnhancedConfig, data: EmotionData) -> Path:

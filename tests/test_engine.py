@@ -288,8 +288,9 @@ def state_of(trainer) -> dict:
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("kind", ["scores", "gradient"])
+@pytest.mark.parametrize("kind", ["scores", "gradient", "norm"])
 def test_a_step_that_is_not_finite_moves_nothing(tmp_path, amp, kind):
+    """NaN scores; one infinite gradient; finite gradients whose norm overflows."""
     cfg = small_config(tmp_path, BACKBONE_BATCHNORM="train", THAW_EPOCHS=(0, 0), AMP=amp)
     train = memory_datasets()["train"]
     trainer = make_trainer(cfg, build_model(cfg, 3), train)
@@ -299,9 +300,10 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, amp, kind):
     for step, batch in enumerate(batches(cfg, train, 0)):
         before, sums = state_of(trainer), trainer.meter.clone()
         handle = None
-        if kind == "gradient" and step == 3:
+        if kind != "scores" and step == 3:
+            value = {"gradient": math.inf, "norm": 1e38}[kind]
             weight = trainer.model.backbone.conv1.weight
-            handle = weight.register_hook(lambda g: g.index_fill(0, torch.tensor(1), float("inf")))
+            handle = weight.register_hook(lambda g, v=value: g.index_fill(0, torch.tensor(1), v))
         train_step(trainer, batch, 0, step, 6)
         if handle:
             handle.remove()
@@ -613,7 +615,7 @@ def interrupted(tmp_path):
         ("EPOCHS", 9), ("SEED", 1), ("LR_HEAD", 0.5), ("THAW_EPOCHS", (1, 3)), ("BATCH_SIZE", 6),
         ("IMG_SIZE", 34), ("DROPOUT", 0.2), ("MONITOR", "loss"), ("PATIENCE", 2), ("AMP", "bf16"),
         ("EMA_DECAY", 0.0), ("HEAD", "linear"), ("CROP_SCALE", (0.5, 1.0)), ("DEBUG", True),
-        ("MAX_BAD_STEPS", 3), ("INIT_FROM", "elsewhere.pt"), ("ACCUMULATE", 2),
+        ("INIT_FROM", "elsewhere.pt"), ("ACCUMULATE", 2),
     ],
 )  # fmt: skip
 def test_another_setting_is_refused_by_name(interrupted, name, value):
@@ -645,7 +647,9 @@ def test_settings_that_shape_nothing_may_change(interrupted, tmp_path):
         "RUN_NAME": "other", "OUTPUT_ROOT": "elsewhere", "CACHE": False, "CACHE_DIR": "elsewhere",
         "NUM_WORKERS": 3, "LOG_EVERY": 1, "BASELINES": (), "BOOTSTRAP": 999,
         "CHECKPOINT_EVERY": 0.0, "CHECKPOINT_KEEP": 5, "ON_SAVE_ERROR": "continue",
-        "AUDIT": False, "NEAR_DUPLICATE_BITS": 0,
+        "AUDIT": False, "NEAR_DUPLICATE_BITS": 0, "DATASET": "auto", "DATA_ROOT": "elsewhere",
+        "IMAGES_ROOT": "elsewhere", "ALLOW_DUPLICATES": True, "MAX_BAD_FRACTION": 0.5,
+        "MAX_BAD_STEPS": 3,
     }  # fmt: skip
     assert set(neutral) == engine.NEUTRAL_FIELDS
     run(dataclasses.replace(cfg, **neutral), folder)
@@ -930,8 +934,8 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(tiny_root):
     assert "stopped and saved; run this cell again" in said
     outputs = folder / "outputs"
     assert_same_run(outputs / "killed", outputs / "whole")
-    results = [torch.load(outputs / name / "result.pt") for name in ("killed", "whole")]
-    assert_same(*results)
+    files = [outputs / name / "result.pt" for name in ("killed", "whole")]
+    assert_same(*(torch.load(file, weights_only=True) for file in files))
     assert not list(outputs.rglob("*.tmp")) and not list(outputs.rglob("*.damaged"))
     assert len(list(outputs.rglob("killed/checkpoints/*.pt"))) == 3
 
@@ -1005,6 +1009,28 @@ def test_cache_and_decoding_train_the_same(tiny_root, tmp_path):
         cfg = small_config(tmp_path, **settings)
         run(cfg, tmp_path / name, file_datasets(cfg))
     assert_same_run(tmp_path / "cached", tmp_path / "decoded")
+
+
+def test_data_may_be_moved_in_the_middle_of_a_run(tiny_root, tmp_path):
+    cfg = small_config(tmp_path)
+    run(cfg, tmp_path / "whole", file_datasets(cfg))
+    stop_at_step(cfg, tmp_path / "moved", 9, file_datasets(cfg))
+    tiny_root.rename(tmp_path / "elsewhere")
+    moved = dataclasses.replace(cfg, DATA_ROOT=str(tmp_path / "elsewhere"))
+    run(moved, tmp_path / "moved", file_datasets(moved))
+    assert_same_run(tmp_path / "moved", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_an_image_replaced_under_its_name_is_noticed(tiny_root, tmp_path, cache):
+    cfg = small_config(tmp_path, CACHE=cache)
+    datasets = file_datasets(cfg)
+    stop_at_step(cfg, tmp_path, 9, datasets)
+    files = [datasets["train"].split.path(i) for i in (4, 8)]
+    assert files[0].suffix == files[1].suffix
+    shutil.copy(files[0], files[1])
+    with pytest.raises(ConfigError, match=r"the images or the labels in .*train\.csv have changed"):
+        run(cfg, tmp_path, file_datasets(cfg))
 
 
 def test_an_image_that_vanishes_while_training_is_named(tiny_root, tmp_path):
