@@ -261,7 +261,16 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 
 def _type_name(expected: Any) -> str:
-    return expected.__name__ if isinstance(expected, type) else str(expected)
+    """The annotation of a config field in words."""
+    options: tuple[Any, ...] = getattr(expected, "__args__", ())
+    if getattr(expected, "__origin__", None) is tuple:
+        if options[-1] is Ellipsis:
+            return f"a list of {_type_name(options[0]).removeprefix('a ')}s"
+        return f"a list of {len(options)}, each {_type_name(options[0])}"
+    if options:
+        return " or ".join(map(_type_name, options))
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
+    return names.get(expected, "None")
 
 
 # %% [markdown]
@@ -392,7 +401,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
-        raise ConfigError(f"{text!r} is not NAME=VALUE")
+        raise ConfigError(f"{text!r} is not NAME=VALUE, such as EPOCHS=10")
     literal = {"true": "True", "false": "False", "null": "None"}.get(value, value)
     try:
         parsed = ast.literal_eval(literal)

@@ -130,6 +130,7 @@ class ExportedModel:
     model: EmotionClassifier
     classes: tuple[str, ...]
     cfg: EnhancedConfig
+    synthetic: bool  # trained on the built-in sample
 
 
 def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
@@ -158,7 +159,8 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise CheckpointError(f"{folder / 'model.safetensors'} holds NaN or infinite weights")
     model.to(choose_device(dataclasses.replace(cfg, DEVICE=device)))
-    return ExportedModel(model.eval().requires_grad_(False), tuple(classes), cfg)
+    synthetic = about.get("synthetic") is True
+    return ExportedModel(model.eval().requires_grad_(False), tuple(classes), cfg, synthetic)
 
 
 # %% [markdown]

@@ -32,8 +32,12 @@ def choose_device(cfg: EnhancedConfig) -> torch.device:
             device = torch.device(cfg.DEVICE)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f'DEVICE={cfg.DEVICE!r}: {reason}; use "auto" or "cpu"') from error
+            cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+            found = ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+            raise ConfigError(
+                f'DEVICE={cfg.DEVICE!r}: PyTorch finds {", ".join(found)} here; use "auto" or '
+                "one of these"
+            ) from error
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -45,10 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the top classes of every image; 1 if any image or the model was unusable."""
     args = make_parser().parse_args(arguments)
     try:
-        exported = load_export(args.model or newest_export(), args.device)
+        folder = args.model or newest_export()
+        exported = load_export(folder, args.device)
     except (CheckpointError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
+    if args.model is None:
+        about = ", trained on the synthetic sample" if exported.synthetic else ""
+        print(f"using the newest export, {folder}{about}; --model names another", file=sys.stderr)
     failed = False
     for path in args.images:
         shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes

@@ -5,6 +5,8 @@ import os
 import resource
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import zlib
@@ -21,6 +23,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from emotion_transfer import data as data_module
 from emotion_transfer.data import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
     ImageError,
     decode_image,
     read_image_bytes,
@@ -425,6 +429,53 @@ def test_a_strip_does_not_become_a_giant(mode: str, size: tuple[int, int]) -> No
     assert traced < 64 and grown < 64
     if mode != "L":
         assert_close(result[0], np.full((256, 256, 3), (200, 100, 50)), mean=4, most=12)
+
+
+LARGEST = 9459  # its square is just below the limit
+STATED_MEMORY = 2.5e9 - MAX_IMAGE_BYTES
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from emotion_transfer.data import decode_image, read_image_bytes
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak()
+assert decode_image(read_image_bytes(Path(sys.argv[1])), 256).shape == (256, 256, 3)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a process's peak memory")
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("grey16.png", "I;16", {"compress_level": 1}),
+        ("palette.png", "P", {"compress_level": 1, "transparency": bytes([128] * 256)}),
+        ("alpha.png", "RGBA", {"compress_level": 1}),
+        ("alpha.webp", "RGBA", {"lossless": True, "method": 0}),
+        ("alpha.jp2", "RGBA", {}),
+        ("integers.tif", "I", {"compression": "tiff_lzw"}),
+        ("print.tif", "CMYK", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_the_largest_image_takes_no_more_memory_than_stated(
+    tmp_path: Path, name: str, mode: str, options: dict[str, Any]
+) -> None:
+    assert LARGEST**2 <= MAX_IMAGE_PIXELS < (LARGEST + 1) ** 2
+    picture = Image.new(mode, (LARGEST, LARGEST))
+    if mode == "P":
+        picture.putpalette([0] * 768)
+    picture.save(tmp_path / name, **options)
+    del picture
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / name)]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert 1e8 < int(done.stdout) < STATED_MEMORY
 
 
 # ------------------------------------------------------------------- files that are none

@@ -37,9 +37,7 @@ def test_the_best_device_there_is(tmp_path, monkeypatch):
 def test_a_named_device_is_taken_or_refused(tmp_path):
     assert choose_device(small_config(tmp_path, DEVICE="cpu")) == CPU
     for name in ("cuda:99", "gpu", "xpu:7", "cpu:x"):
-        with pytest.raises(
-            ConfigError, match=f'DEVICE=\'{name}\': .*use "auto" or "cpu"'
-        ) as caught:
+        with pytest.raises(ConfigError, match=f"DEVICE='{name}': .*cpu.*\"auto\"") as caught:
             choose_device(small_config(tmp_path, DEVICE=name))
         assert "\n" not in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -142,7 +143,13 @@ def test_the_newest_export_is_the_default(export, image, tmp_path, monkeypatch, 
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"")
         os.utime(folder / "model.safetensors", (1e9 - number, 1e9 - number))
-    assert module.newest_export() == tmp_path / "outputs/newer/export"
+    newest = tmp_path / "outputs/newer/export"
+    assert module.newest_export() == newest
+    shutil.copytree(export, newest, dirs_exist_ok=True)
+    assert module.main([str(image)]) == 0
+    said = capsys.readouterr()
+    assert f"newest export, {newest}, trained on the synthetic sample" in said.err
+    assert said.out.startswith(f"{image}: ")
 
 
 @pytest.mark.slow
