@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny data set in the form of the data contract, and a configuration for it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from emotion_transfer.config import EnhancedConfig, make_config
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it only once
 
 TINY_CLASSES = ("calm", "joy", "rage")
 TINY_COUNTS = {"train": 8, "val": 4, "test": 4}  # images a class
