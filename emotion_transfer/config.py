@@ -101,6 +101,7 @@ class EnhancedConfig:
 
     # Never lose a run
     CHECKPOINT_EVERY: float = 600.0  # seconds between checkpoints inside an epoch
+    CHECKPOINT_STEPS: int | None = None  # steps between them, if that comes sooner
     CHECKPOINT_KEEP: int = 2
     ON_SAVE_ERROR: str = "stop"  # or "continue": train on without the checkpoint
     MAX_BAD_STEPS: int = 10  # non-finite steps in a row before the run stops
@@ -170,6 +171,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "NUM_WORKERS": (0, 1024),
     "LOG_EVERY": (1, 100000),
     "CHECKPOINT_EVERY": (0, 1e9),
+    "CHECKPOINT_STEPS": (1, 1_000_000_000),
     "CHECKPOINT_KEEP": (1, 1000),
     "MAX_BAD_STEPS": (1, 100000),
     "BOOTSTRAP": (100, 1_000_000),
@@ -348,7 +350,7 @@ NEUTRAL_FIELDS = frozenset(
         "DATASET", "DATA_ROOT", "IMAGES_ROOT", "ALLOW_DUPLICATES", "MAX_BAD_FRACTION",
         "AUDIT", "NEAR_DUPLICATE_BITS", "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR",
         "NUM_WORKERS", "LOG_EVERY", "BASELINES", "BOOTSTRAP", "CHECKPOINT_EVERY",
-        "CHECKPOINT_KEEP", "ON_SAVE_ERROR", "MAX_BAD_STEPS",
+        "CHECKPOINT_STEPS", "CHECKPOINT_KEEP", "ON_SAVE_ERROR", "MAX_BAD_STEPS",
     }
 )  # fmt: skip
 

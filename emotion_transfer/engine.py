@@ -443,10 +443,13 @@ class Saver:
         self, cfg: EnhancedConfig, folder: Path, datasets: Mapping[str, EmotionDataset]
     ) -> None:
         self.cfg, self.folder, self.datasets = cfg, folder, datasets
-        self.last = time.monotonic()
+        self.last, self.steps = time.monotonic(), 0
 
     def due(self) -> bool:
-        return time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
+        """Whether a checkpoint is due; asked once a step."""
+        self.steps += 1
+        enough = self.cfg.CHECKPOINT_STEPS is not None and self.steps >= self.cfg.CHECKPOINT_STEPS
+        return enough or time.monotonic() - self.last >= self.cfg.CHECKPOINT_EVERY
 
     def save_settings(self) -> None:
         """Write ``config.json`` beside the checkpoints, for people; fails as ``save`` does."""
@@ -465,7 +468,7 @@ class Saver:
             save_checkpoint(self.folder, payload, self.cfg.CHECKPOINT_KEEP)
         except OSError as error:
             self._complain(error)
-        self.last = time.monotonic()
+        self.last, self.steps = time.monotonic(), 0
 
     def save_best(self, trainer: Trainer, progress: Progress, source: str) -> str | None:
         """Write the weights of `source` as the best so far; the file's name, None on failure."""

@@ -229,6 +229,7 @@ def test_the_hash_changes_with_what_shapes_the_result_and_nothing_else(name: str
     other: dict[str, Any] = {
         "BATCH_SIZE": 64, "IMG_SIZE": 230, "CACHE_SIZE": 260, "ACCUMULATE": 2, "SEED": 1,
         "THAW_EPOCHS": (4, 5), "CROP_SCALE": (0.5, 1.0), "BASELINES": (), "NUM_WORKERS": 3,
+        "CHECKPOINT_STEPS": 9,
     }  # fmt: skip
     default = getattr(EnhancedConfig(), name)
     if name in other:
