@@ -151,7 +151,7 @@ class Trainer:
     amp: str
     meter: Tensor  # sums over the epoch: loss, right answers, images, skipped steps
     finite: Tensor  # for each of the last LOG_EVERY steps, whether it was finite
-    guarded: list[Tensor] = field(default_factory=list)  # BatchNorm statistics that train
+    guarded: list[list[Tensor]] = field(default_factory=list)  # training BatchNorm's, by type
     expected: int = 0  # tensors that must get a gradient, checked after a thaw
     jitter: ColourJitter = jitter_colours  # or its compiled form
 
@@ -222,7 +222,7 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     torch.manual_seed(step_seed(cfg.SEED, epoch, step))  # for dropout
     set_learning_rates(cfg, optimizer, epoch, step, steps)
     images, targets = augment_batch(trainer, batch, epoch, step)
-    before = [statistic.clone() for statistic in trainer.guarded]
+    before = [torch.cat([t.flatten() for t in group]) for group in trainer.guarded]
     optimizer.zero_grad(set_to_none=True)
     losses, right = backward(trainer, images, targets)
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
@@ -235,8 +235,7 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     nn.utils.clip_grads_with_norm_(trainer.model.parameters(), cfg.GRAD_CLIP, norm)
     trainer.scaler.step(optimizer)
     trainer.scaler.update(None if trainer.amp == "fp16" else 1.0)
-    for statistic, old in zip(trainer.guarded, before, strict=True):
-        statistic.copy_(torch.where(finite, statistic, old))
+    restore_statistics(trainer, before, finite)
     if trainer.ema is not None:
         decay = ema_decay(cfg, epoch * steps + step)
         trainer.ema_share.copy_((1 - decay) * finite)
@@ -246,6 +245,17 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     skipped = torch.stack([zero, zero, zero, zero + 1])
     trainer.meter += torch.where(finite, done, skipped)
     trainer.finite[step % cfg.LOG_EVERY] = finite
+
+
+def restore_statistics(trainer: Trainer, before: list[Tensor], finite: Tensor) -> None:
+    """Put the guarded statistics back to `before` unless the step was `finite`.
+
+    A hundred small tensors in a few operations, because each costs a GPU a launch.
+    """
+    for group, old in zip(trainer.guarded, before, strict=True):
+        kept = torch.where(finite, torch.cat([t.flatten() for t in group]), old)
+        parts = torch.split(kept, [t.numel() for t in group])
+        torch._foreach_copy_(group, [p.view_as(t) for p, t in zip(parts, group, strict=True)])
 
 
 # %% [markdown]
@@ -506,9 +516,11 @@ def begin_epoch(trainer: Trainer, epoch: int) -> None:
     """Freeze and thaw for `epoch`, and compile again where what trains has changed."""
     cfg, model = trainer.cfg, trainer.model
     set_training_mode(cfg, model, epoch)
-    trainer.guarded = [
-        statistic for layer in batch_norms(model) if layer.training for statistic in layer.buffers()
+    moving = [t for layer in batch_norms(model) if layer.training for t in layer.buffers()]
+    by_type = [
+        [t for t in moving if t.is_floating_point() == floating] for floating in (True, False)
     ]
+    trainer.guarded = [group for group in by_type if group]
     thawed = epoch == 0 or thaw_level(cfg, epoch) != thaw_level(cfg, epoch - 1)
     if cfg.COMPILE and (thawed or trainer.network is model):
         # A graph traced before a thaw would go on training only what it knew.
