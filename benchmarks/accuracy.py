@@ -30,6 +30,7 @@ from torchvision import transforms as v1
 from tqdm.auto import tqdm
 
 from benchmarks.peers import Transform, usual_transform
+from benchmarks.results import describe_machine, describe_versions
 from emotion_transfer import engine
 from emotion_transfer.cache import cache_size, check_images
 from emotion_transfer.config import EnhancedConfig, make_config, parse_setting, resolve_path
@@ -38,7 +39,7 @@ from emotion_transfer.engine import Trainer, fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.loader import Batch, EmotionDataset, make_datasets
 from emotion_transfer.model import BACKBONES, EmotionClassifier, build_model
-from emotion_transfer.precision import precision
+from emotion_transfer.precision import choose_device, precision
 from emotion_transfer.seeding import seed_everything
 
 ARMS = ("ours", "torchvision")
@@ -165,6 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
             "DATA_ROOT": str(args.data), "CACHE_DIR": str(work / "cache"),
         })  # fmt: skip
         result = compare(cfg, args.seeds, work)
+    result |= {
+        "machine": describe_machine(choose_device(cfg)), "versions": describe_versions(),
+    }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["difference_points"]))

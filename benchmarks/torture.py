@@ -316,7 +316,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="at least so many (default 200)")
-    parser.add_argument("--large", type=int, default=25, help="of them, for each of ResNet50 and B0")
+    parser.add_argument(
+        "--large", type=int, default=25, help="of them, for each of ResNet50 and B0"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"))

@@ -61,7 +61,7 @@ from emotion_transfer.model import (
     set_training_mode,
     thaw_level,
 )
-from emotion_transfer.precision import choose_amp, choose_device, precision
+from emotion_transfer.precision import choose_amp, choose_device, keep_freed_memory, precision
 from emotion_transfer.schedule import set_learning_rates
 from emotion_transfer.seeding import draw_uniforms, set_deterministic, step_seed
 
@@ -166,6 +166,8 @@ def make_trainer(
 ) -> Trainer:
     """Move `model` to the device and put optimiser, loss, scaler and weight average around it."""
     device = choose_device(cfg)
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).requires_grad_(True)  # begin_epoch decides; a model may come frozen
     amp = amp or choose_amp(cfg, model, device)
     classes = len(train.classes)

