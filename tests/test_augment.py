@@ -475,7 +475,7 @@ def test_no_images_are_no_images():
     assert found.shape == (0, 3, 32, 32)
 
 
-def test_the_device_is_never_waited_for():
+def test_cuda_is_never_waited_for():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     cfg = make_config({**ALL_ON, "IMG_SIZE": 40})

@@ -191,7 +191,7 @@ def test_a_partner_that_is_mixed_itself_is_read_unmixed():
     assert torch.equal(found[1, :, :2, :2], images[0, :, :2, :2])
 
 
-def test_the_device_is_never_waited_for():
+def test_cuda_is_never_waited_for():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     images, targets = make_images(16).cuda(), torch.eye(16).cuda()
