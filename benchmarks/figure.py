@@ -25,8 +25,9 @@ def draw_bars(axes: Axes, names: Sequence[str], rows: Sequence[Row], title: str)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_title(title, loc="left")
-    for place, value in enumerate(medians):
-        axes.annotate(f" {value:.4g}", (value, place), va="center", fontsize=8)
+    for place, row in enumerate(rows):
+        shown = f" {row['median']:,.0f}" if row["median"] >= 1000 else f" {row['median']:.3g}"
+        axes.annotate(shown, (max(row["repeats"]), place), va="center", fontsize=8)
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
 

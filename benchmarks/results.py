@@ -225,6 +225,11 @@ def _table_line(row: Row) -> str:
         for name, value in row.items()
         if name not in ("unit", "median", "repeats") and value is not False
     ]
-    low, high = min(row["repeats"]), max(row["repeats"])
-    spread = f"{low:.4g} to {high:.4g}" if len(row["repeats"]) > 1 else ""
-    return f"| {', '.join(labels)} | {row['median']:.4g} | {spread} | {row['unit']} |"
+    spread = ""
+    if len(row["repeats"]) > 1:
+        spread = f"{_figure(min(row['repeats']))} to {_figure(max(row['repeats']))}"
+    return f"| {', '.join(labels)} | {_figure(row['median'])} | {spread} | {row['unit']} |"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
