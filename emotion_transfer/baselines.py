@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from emotion_transfer.augment import prepare_images
 from emotion_transfer.checkpoint import write_atomically
-from emotion_transfer.config import NEUTRAL_FIELDS, EnhancedConfig
+from emotion_transfer.config import NEUTRAL_FIELDS, EnhancedConfig, resolve_path
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import Predictions, predict
 from emotion_transfer.loader import EmotionDataset, batch_slices, fetch_ahead, make_loader
@@ -202,6 +202,8 @@ def baseline_key(cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset]) ->
     facts = {k: v for k, v in plain.items() if k not in NEUTRAL_FIELDS}
     facts |= {name: data.fingerprint() for name, data in datasets.items()}
     facts["classes"] = datasets["train"].classes
+    if cfg.WEIGHTS is not None and (file := resolve_path(cfg.WEIGHTS)).is_file():
+        facts["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

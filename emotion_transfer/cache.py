@@ -258,8 +258,9 @@ def reserve_array(store: ImageStore) -> None:
 
 
 # %% [markdown]
-# A cache that is not what it should be is never trusted: a file of the wrong shape, one that is no
-# array, or one whose pixels do not match the checksums in the index is named and built again.
+# A cache that is not what it should be is named and built again: a file of the wrong shape, one
+# that is no array, or one whose pixels do not match the checksums in the index. To compare all
+# checksums would mean to read all images, so a spread of them is compared at every start.
 
 
 # %%
@@ -318,22 +319,47 @@ def write_pixels(
         os.fsync(file.fileno())
 
 
+# %% [markdown]
+# Another run may be reading the array at this moment, with labels of its own. So before pixels that
+# are in use are replaced, the array moves to a new file; who has the old one open keeps it.
+
+
+# %%
+def detach_array(store: ImageStore) -> None:
+    """Put a copy in the place of the array file; raises ``OSError`` if it lacks room."""
+    copy = store.array_file.with_suffix(".copy")
+    try:
+        shutil.copyfile(store.array_file, copy)
+        os.replace(copy, store.array_file)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 # %%
 def update_images(
     store: ImageStore, positions: Sequence[int], index: dict[int, IndexRow], threads: int
 ) -> None:
     """Scan `positions` and bring the array, the index file and `index` up to date."""
     label = f"{'decoding' if store.keep_pixels else 'checking'} {store.split.name}"
+    shared = store.keep_pixels
     with tqdm(total=len(positions), desc=label, unit="img") as bar:
         for chunk in scan_chunks(store.split, positions, store.side, index, threads):
             changed = [(row, image) for row, image in chunk if index.get(row.position) != row]
             decoded = [(row, image) for row, image in changed if image is not None]
+            if shared and any(in_use(index.get(row.position)) for row, _ in decoded):
+                detach_array(store)
+                shared = False
             if store.keep_pixels and decoded:
                 write_pixels(store, decoded, index)
             if changed:
                 append_rows(store, [row for row, _ in changed])
             index.update({row.position: row for row, _ in changed})
             bar.update(len(chunk))
+
+
+def in_use(row: IndexRow | None) -> bool:
+    """Whether the pixels that `row` is about may be part of a running training."""
+    return row is not None and not row.reason
 
 
 # %%

@@ -65,6 +65,7 @@ def sync_folder(folder: Path) -> None:
 # %%
 CHECKPOINT_NAME = re.compile(r"epoch(\d+)-step(\d+)-([0-9a-f]{16})\.pt")
 BEST_NAME = re.compile(r"best-epoch(\d+)-([0-9a-f]{16})\.pt")
+CHECKPOINT_KEYS = {"epoch", "step", "best_file", "best_score", "finished", "model", "optimizer"}
 
 
 def save_with_digest(folder: Path, stem: str, payload: dict[str, Any]) -> Path:
@@ -84,10 +85,11 @@ def load_verified(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if its bytes do not match its name, or it holds anything but tensors and
             plain values.
+        OSError: if it is there but cannot be read (no permission, say): that is no damage.
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if hashlib.sha256(content).hexdigest()[:16] != path.stem[-16:]:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
@@ -95,6 +97,8 @@ def load_verified(path: Path) -> dict[str, Any]:
         payload: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location="cpu", weights_only=True
         )
+    except MemoryError:
+        raise
     except Exception as error:  # a hostile pickle may raise anything
         raise CheckpointError(f"{path} holds more than tensors and plain values") from error
     return payload
@@ -107,8 +111,9 @@ def load_verified(path: Path) -> dict[str, Any]:
 
 # %%
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest position first."""
-    found = [(m, p) for p in folder.glob("epoch*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
+    """The checkpoints in `folder`, newest first; raises ``OSError`` if it cannot be read."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [(match, folder / name) for name in names if (match := CHECKPOINT_NAME.fullmatch(name))]
     found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)
     return [path for _, path in found]
 
@@ -150,7 +155,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 def load_state(path: Path) -> dict[str, Any]:
     """A verified checkpoint; raises ``CheckpointError`` also for other content under its name."""
     payload = load_verified(path)
-    if not isinstance(payload, dict) or "best_file" not in payload:
+    if not isinstance(payload, dict) or not payload.keys() >= CHECKPOINT_KEYS:
         raise CheckpointError(f"{path} holds something else than a checkpoint")
     return payload
 
@@ -191,7 +196,10 @@ def save_checkpoint(folder: Path, payload: dict[str, Any], keep: int) -> Path:
     found = list_checkpoints(folder)
     for old in found[keep:]:
         old.unlink(missing_ok=True)
-    needed = {payload["best_file"], *(best_of(kept) for kept in found[:keep] if kept != path)}
+    try:
+        needed = {payload["best_file"], *(best_of(kept) for kept in found[:keep] if kept != path)}
+    except Exception:  # one of them cannot be read now, so nobody knows what it needs
+        return path
     for best in folder.glob("best-*.pt"):
         if BEST_NAME.fullmatch(best.name) and best.name not in needed:
             best.unlink(missing_ok=True)
@@ -200,9 +208,6 @@ def save_checkpoint(folder: Path, payload: dict[str, Any], keep: int) -> Path:
 
 def best_of(path: Path) -> str | None:
     """The best model that a checkpoint refers to; its tensors are not read."""
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        name: str | None = payload["best_file"]
-    except Exception:  # damaged, so it needs nothing
-        return None
+    payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    name: str | None = payload["best_file"]
     return name

@@ -391,8 +391,15 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def resolve_path(path: str) -> Path:
-    """`path` with ``~`` expanded; a relative one starts at ``project_root()``."""
-    return project_root() / Path(path).expanduser()
+    """`path` with ``~`` expanded; a relative one starts at ``project_root()``.
+
+    Raises:
+        ConfigError: for the home of a user that there is not.
+    """
+    try:
+        return project_root() / Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path!r}: {error}; give the whole path") from error
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

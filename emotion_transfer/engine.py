@@ -332,6 +332,8 @@ def validate_epoch(
 
 def monitored(cfg: EnhancedConfig, predictions: Predictions) -> float:
     """The figure named by ``MONITOR``, turned so that larger is better; -inf if not a number."""
+    if not np.isfinite(predictions.probabilities).all():
+        return -math.inf
     value: float = getattr(predictions, cfg.MONITOR)
     value = -value if cfg.MONITOR == "loss" else value
     return value if math.isfinite(value) else -math.inf
@@ -471,16 +473,26 @@ class Saver:
         except OSError as error:
             self._complain(error)
 
-    def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Write history and checkpoint; raises ``CheckpointError`` if ``ON_SAVE_ERROR="stop"``."""
+    def save(self, trainer: Trainer, progress: Progress) -> bool:
+        """Write checkpoint and history; whether the checkpoint was written.
+
+        Raises:
+            CheckpointError: if it was not, and ``ON_SAVE_ERROR="stop"``.
+        """
+        self.last, self.steps = time.monotonic(), 0
         try:
-            if progress.history:
-                write_history(self.folder.parent / "history.csv", progress.history)
             payload = snapshot(trainer, progress, self.datasets)
             save_checkpoint(self.folder, payload, self.cfg.CHECKPOINT_KEEP)
         except OSError as error:
             self._complain(error)
-        self.last, self.steps = time.monotonic(), 0
+            return False
+        table = self.folder.parent / "history.csv"
+        try:
+            if progress.history:
+                write_history(table, progress.history)
+        except OSError as error:  # for people only: the checkpoint holds the same
+            tqdm.write(f"WARNING: {table} could not be written ({error})")
+        return True
 
     def save_best(self, trainer: Trainer, progress: Progress, source: str) -> str | None:
         """Write the weights of `source` as the best so far; the file's name, None on failure."""
@@ -499,9 +511,11 @@ class Saver:
             return None
 
     def _complain(self, error: OSError) -> None:
-        free = shutil.disk_usage(self.folder).free / 1e6
+        free = ""
+        with contextlib.suppress(OSError):  # the disk itself may be gone
+            free = f"; {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
         message = (
-            f"the checkpoint could not be written to {self.folder} ({error}; {free:.0f} MB free); "
+            f"the checkpoint could not be written to {self.folder} ({error}{free}); "
             "the one before it is untouched. Free some space, or set OUTPUT_ROOT to another disk"
         )
         if self.cfg.ON_SAVE_ERROR == "stop":
@@ -578,21 +592,26 @@ def train_epoch(
                 check_gradients(trainer)
             unread.append(batch.positions)
             progress.step = step + 1
-            saving = saver.due() or asked.is_set()
+            stopping = asked.is_set()
+            saving = saver.due() or stopping
             if progress.step % cfg.LOG_EVERY == 0 or progress.step == steps or saving:
                 read_device(trainer, train, progress, unread)
                 bar.set_postfix(loss=f"{mean_loss(trainer):.3f}")
             progress.epoch_seconds = before + time.perf_counter() - begun
-            if saving:
-                saver.save(trainer, progress)
+            saved = saving and saver.save(trainer, progress)
             bar.update()
-            stop_if_asked(asked)
+            if stopping:  # asked for later than that, the next step or the epoch's end sees to it
+                raise stopped(saved)
 
 
-def stop_if_asked(asked: threading.Event) -> None:
-    """Raise ``KeyboardInterrupt`` once the state is saved."""
-    if asked.is_set():
-        raise KeyboardInterrupt("stopped and saved; run this cell again to go on from here")
+def stopped(saved: bool) -> KeyboardInterrupt:
+    """What ends a run that was asked to stop, with how to go on."""
+    if saved:
+        return KeyboardInterrupt("stopped and saved; run this cell again to go on from here")
+    return KeyboardInterrupt(
+        "stopped, but not saved; free some disk space and run this cell again: it goes on from the "
+        "last checkpoint"
+    )
 
 
 # %% [markdown]
@@ -709,10 +728,10 @@ def run_epochs(
             begin_epoch(trainer, progress.epoch)
             train_epoch(trainer, train, progress, saver, asked)
             end_epoch(trainer, datasets, progress, saver)
-            saver.save(trainer, progress)
+            saved_now = saver.save(trainer, progress)
             print(epoch_line(cfg, progress.history[-1]))
-            if not progress.finished:
-                stop_if_asked(asked)
+            if asked.is_set() and not progress.finished:
+                raise stopped(saved_now)
     return finish(trainer, progress, folder)
 
 
@@ -733,8 +752,8 @@ def end_epoch(
     rates = {g["name"].split(".")[0]: g["lr"] for g in trainer.optimizer.param_groups}
     progress.history.append({
         "epoch": progress.epoch + 1,
-        "train_loss": loss / max(images, 1),
-        "train_accuracy": right / max(images, 1),
+        "train_loss": loss / images if images else math.nan,
+        "train_accuracy": right / images if images else math.nan,
         **figures,
         "lr_head": rates["head"],
         "lr_backbone": rates["backbone"],

@@ -148,16 +148,28 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
     except EXPORT_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder} is no usable export ({reason})") from error
-    named = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    named = isinstance(classes, list) and all(
+        isinstance(c, str) and c.strip() and c.isprintable() for c in classes
+    )
     if not named or len(set(classes)) != len(classes) or len(classes) < 2:
-        raise CheckpointError(f"{folder / 'config.json'}: classes must be distinct names")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: classes must be distinct, printable names"
+        )
+    last = tensors.get("head.output.weight")
+    if last is None or len(last) != len(classes):
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'} does not fit: it is not for {len(classes)} classes"
+        )
     model = build_model(dataclasses.replace(cfg, INIT_FROM=None), len(classes))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} does not fit: {error}") from error
-    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-        raise CheckpointError(f"{folder / 'model.safetensors'} holds NaN or infinite weights")
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
+            raise CheckpointError(
+                f"{folder / 'model.safetensors'} holds numbers that no training gives: {name}"
+            )
     model.to(choose_device(dataclasses.replace(cfg, DEVICE=device)))
     synthetic = about.get("synthetic") is True
     return ExportedModel(model.eval().requires_grad_(False), tuple(classes), cfg, synthetic)

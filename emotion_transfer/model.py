@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,13 +236,18 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
             network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:  # odd keys or values
             raise WeightsError(f"WEIGHTS={weights!r} do not fit {name}: {error}") from error
+        refuse_overflow(network, f"WEIGHTS={weights!r}")
     output = "fc" if name == "resnet50" else "classifier"
     setattr(network, output, nn.Identity())
     return network
 
 
-def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
+def choose_backbone(
+    cfg: EnhancedConfig, *, synthetic: bool, run_dir: Path | None = None
+) -> EnhancedConfig:
     """`cfg`; on the synthetic sample, a copy with the packaged backbone where weights are lacking.
+
+    A sample run that was begun with that backbone keeps it: `run_dir` tells.
 
     Raises:
         WeightsError: where the weights of ``MODEL_NAME`` cannot be had; on the sample, only where
@@ -248,14 +255,26 @@ def choose_backbone(cfg: EnhancedConfig, *, synthetic: bool) -> EnhancedConfig:
     """
     if cfg.WEIGHTS is None or (cfg.INIT_FROM and set(cfg.BASELINES) <= {"majority"}):
         return cfg
+    packaged = dataclasses.replace(cfg, MODEL_NAME="efficientnet_lite0", WEIGHTS="DEFAULT")
+    if synthetic and run_dir is not None and model_of_run(run_dir) == packaged.MODEL_NAME:
+        return packaged
     try:
         imagenet_weights(cfg.MODEL_NAME, cfg.WEIGHTS)
     except WeightsUnavailable as error:
         if not synthetic:
             raise
         print(f"NOTE: {error}.\n\nThe sample run goes on with efficientnet_lite0 and its weights.")
-        return dataclasses.replace(cfg, MODEL_NAME="efficientnet_lite0", WEIGHTS="DEFAULT")
+        return packaged
     return cfg
+
+
+def model_of_run(run_dir: Path) -> str | None:
+    """``MODEL_NAME`` of the run that was begun in `run_dir`, None where there is none."""
+    try:
+        settings = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        return str(settings["MODEL_NAME"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # %% [markdown]
@@ -341,7 +360,11 @@ def read_initial_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if path.is_dir():
             about = json.loads((path / "config.json").read_text(encoding="utf-8"))
             return load_file(path / "model.safetensors"), list(about["classes"])
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        digest = re.search(r"-([0-9a-f]{16})$", path.stem)  # as in best-epoch003-1f2e3d4c5b6a7988
+        if digest and digest[1] != hashlib.sha256(content).hexdigest()[:16]:
+            raise WeightsError("it does not match the checksum in its name")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return saved["model"], list(saved["classes"])
     except Exception as error:  # an unpickler may raise anything on a damaged file
         raise WeightsError(
@@ -350,14 +373,20 @@ def read_initial_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def load_initial_weights(
-    cfg: EnhancedConfig, model: EmotionClassifier, classes: Sequence[str]
+    cfg: EnhancedConfig,
+    model: EmotionClassifier,
+    classes: Sequence[str],
+    run_dir: Path | None = None,
 ) -> EmotionClassifier:
     """`model` with the weights of ``INIT_FROM``, or as it is where that is None.
+
+    Where `run_dir` holds checkpoints the run goes on from those, and the file is not needed.
 
     Raises:
         WeightsError: if they cannot be read, or are of other classes or another network.
     """
-    if cfg.INIT_FROM is None:
+    begun = run_dir is not None and any((run_dir / "checkpoints").glob("epoch*.pt"))
+    if cfg.INIT_FROM is None or begun:
         return model
     state, names = read_initial_weights(resolve_path(cfg.INIT_FROM))
     if names != list(classes):
@@ -366,7 +395,15 @@ def load_initial_weights(
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} does not fit: {error}") from error
+    refuse_overflow(model, f"INIT_FROM={cfg.INIT_FROM}")
     return model
+
+
+def refuse_overflow(network: nn.Module, source: str) -> None:
+    """Raise ``WeightsError`` if `network` holds NaN or infinite numbers."""
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{source} holds NaN or infinite numbers, first in {name}")
 
 
 # %% [markdown]

@@ -32,7 +32,7 @@ def choose_device(cfg: EnhancedConfig) -> torch.device:
     if cfg.DEVICE != "auto":
         try:
             device = torch.device(cfg.DEVICE)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
             found = ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
+
 from emotion_transfer.checkpoint import CheckpointError
 from emotion_transfer.config import ConfigError, resolve_path
 from emotion_transfer.data import ImageError
@@ -21,6 +23,22 @@ def newest_export() -> Path:
             f"no export under {resolve_path('outputs')}; run the notebook, or name one: --model"
         )
     return files[-1].parent
+
+
+DECODING_MEMORY = 2_500_000_000  # bytes
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take at most `more` bytes on top of what it has; on Linux only.
+
+    A hostile file can make a decoder ask for any amount; then it is refused like any other bad one.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = psutil.Process().memory_info().data + more
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def positive(text: str) -> int:
@@ -41,8 +59,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the top classes of every image; 1 if any image or the model was unusable."""
+def main(arguments: list[str] | None = None, memory: int | None = None) -> int:
+    """Print the top classes of every image; 1 if any image or the model was unusable.
+
+    With `memory`, the images may take so many bytes once the model is loaded.
+    """
     args = make_parser().parse_args(arguments)
     try:
         folder = args.model or newest_export()
@@ -53,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.model is None:
         about = ", trained on the synthetic sample" if exported.synthetic else ""
         print(f"using the newest export, {folder}{about}; --model names another", file=sys.stderr)
+    if memory is not None:
+        limit_memory(memory)
     failed = False
     for path in args.images:
         shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes
@@ -70,4 +93,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(main(memory=DECODING_MEMORY))

@@ -46,8 +46,8 @@ def train(cfg: EnhancedConfig) -> Path:
     data, classes = checked.data, checked.data.classes
     seed_everything(cfg.SEED)
     datasets = make_datasets(cfg, checked)
-    cfg = choose_backbone(cfg, synthetic=data.synthetic)
-    model = load_initial_weights(cfg, build_model(cfg, len(classes)), classes)
+    cfg = choose_backbone(cfg, synthetic=data.synthetic, run_dir=run_dir)
+    model = load_initial_weights(cfg, build_model(cfg, len(classes)), classes, run_dir)
     result = fit(cfg, model, datasets, run_dir / "checkpoints")
     found = {name: predict(cfg, model, datasets[name], amp=result.amp) for name in ("val", "test")}
     metrics = {

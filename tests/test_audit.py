@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
+from emotion_transfer import audit as audit_module
 from emotion_transfer.audit import (
     audit_data,
     close_pairs,
@@ -79,6 +80,17 @@ def test_close_pairs_equal_a_plain_double_loop() -> None:
     for chunk in (1, 7, 60, 100):
         assert set(map(tuple, close_pairs(hashes, 20, chunk).tolist())) == expected
     assert {(3, 7, 0), (41, 50, 3)} <= expected
+
+
+def test_one_picture_many_times_over_does_not_fill_the_memory(
+    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_module, "MOST_PAIRS", 1000)
+    hashes = np.full(400, 12345, dtype=np.uint64)
+    pairs = close_pairs(hashes, 4, chunk=2)
+    assert 1000 < len(pairs) < 1000 + 2 * 400
+    monkeypatch.setattr(audit_module, "MOST_PAIRS", 0)
+    assert "there are more" in "\n".join(audit_data(*audited).notes)
 
 
 def test_finds_the_planted_copy_and_the_flat_image_and_nothing_else(

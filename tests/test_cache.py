@@ -41,6 +41,7 @@ from emotion_transfer.data import (
     decode_image,
     load_data,
 )
+from emotion_transfer.loader import make_datasets
 
 Config = Callable[..., EnhancedConfig]
 SIDE = 37  # the cache's side for 32-pixel images
@@ -893,3 +894,30 @@ def test_building_from_many_threads_of_one_process(tiny_config: Config, decoded:
     assert decoded.take() == TOTAL
     for checked in results:
         assert_right(checked)
+
+
+# ------------------------------------------------------------------------------ another run
+
+
+@pytest.mark.parametrize("change", ["order", "content"])
+def test_a_running_training_keeps_its_pixels(
+    tiny_config: Config, tiny_root: Path, change: str
+) -> None:
+    """Another run may begin meanwhile, over the same files in another order, or over others."""
+    cfg = tiny_config()
+    running = make_datasets(cfg, check_images(cfg, load_data(cfg)))["train"]
+    everything = np.arange(len(running))
+    before = running.pixels.gather(everything)
+    if change == "order":
+        header, *rows = (tiny_root / "train.csv").read_text().splitlines()
+        (tiny_root / "train.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
+    else:
+        shutil.copy(running.split.path(0), running.split.path(4))
+    other = make_datasets(cfg, check_images(cfg, load_data(cfg)))["train"]
+    after = other.pixels.gather(everything)
+    np.testing.assert_array_equal(running.pixels.gather(everything), before)
+    if change == "order":
+        np.testing.assert_array_equal(after, before[::-1])
+    else:
+        np.testing.assert_array_equal(after[4], before[0])
+    assert not list(tiny_root.parent.rglob("*.copy"))

@@ -26,7 +26,8 @@ def payload(epoch: int, step: int = 0, best: str | None = None, **more) -> dict:
     """What a checkpoint of a run might hold; `model` tells the positions apart."""
     return {
         "epoch": epoch, "step": step, "best_file": best, "best_score": 0.5, "best_epoch": 0,
-        "finished": "", "model": {"w": torch.full((50,), epoch + step / 10)}, **more,
+        "finished": "", "model": {"w": torch.full((50,), epoch + step / 10)}, "optimizer": {},
+        **more,
     }  # fmt: skip
 
 
@@ -321,6 +322,26 @@ def test_a_foreign_file_of_the_right_name_is_refused(tmp_path):
     for number, content in enumerate(([1, 2], {"weights": torch.zeros(2)}, "text", None)):
         save_with_digest(tmp_path, f"epoch{5 + number:03d}-step000000", content)
     assert position(load_newest(tmp_path)) == (1, 0)
+
+
+def test_a_state_that_lacks_a_part_is_passed_over(run_folder, capsys):
+    """Its checksum is right, so somebody else wrote it."""
+    partial = payload(3, 0, None)
+    del partial["optimizer"]
+    save_with_digest(run_folder, "epoch003-step000000", partial)
+    assert position(load_newest(run_folder)) == (2, 0)
+    assert "something else than a checkpoint" in capsys.readouterr().out
+
+
+def test_a_file_without_permission_is_not_called_damaged(run_folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    before = names(run_folder)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match="epoch002"):
+        load_newest(run_folder)
+    assert names(run_folder) == before
 
 
 def test_a_folder_of_that_name_is_no_checkpoint(tmp_path):

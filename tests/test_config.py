@@ -364,3 +364,8 @@ def test_resolve_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_path("data/x") == tmp_path.resolve() / "data" / "x"
     assert resolve_path("~/x") == tmp_path / "home" / "x"
     assert resolve_path("/abs/x") == Path("/abs/x")
+
+
+def test_the_home_of_nobody_is_a_named_error() -> None:
+    with pytest.raises(ConfigError, match="~nobody-of-this-name/data.*whole path"):
+        resolve_path("~nobody-of-this-name/data")

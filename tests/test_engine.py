@@ -568,6 +568,15 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     assert (result.best_epoch, result.best_score) == (2, 0.2)
 
 
+def test_answers_that_are_no_numbers_have_no_score(tmp_path):
+    cfg, datasets = small_config(tmp_path), memory_datasets()
+    model = build_model(cfg, 3)
+    assert engine.monitored(cfg, predict(cfg, model, datasets["val"], amp="off")) > 0
+    model.head.output.bias.data[1] = math.nan
+    found = predict(cfg, model, datasets["val"], amp="off")
+    assert engine.monitored(cfg, found) == -math.inf
+
+
 @pytest.mark.parametrize("monitor", ["macro_f1", "accuracy", "loss"])
 def test_the_monitored_figure(tmp_path, monitor):
     cfg = small_config(tmp_path, MONITOR=monitor, EMA_DECAY=0.0)
@@ -843,7 +852,7 @@ def fill_disk(monkeypatch, when) -> list[str]:
     return failed
 
 
-@pytest.mark.parametrize("kind", ["epoch002", "best-epoch001", "history.csv"])
+@pytest.mark.parametrize("kind", ["epoch002", "best-epoch001"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, kind):
     scripted(monkeypatch, [0.1, 0.2, 0.3, 0.4])
     run(small_config(tmp_path), tmp_path / "whole")
@@ -857,6 +866,16 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, kind
             run(cfg, tmp_path / "full")
     run(cfg, tmp_path / "full")  # room has been made
     assert_same_run(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_table_that_cannot_be_written_costs_no_checkpoint(tmp_path, capsys):
+    """A spreadsheet may hold it open; a folder of that name is as much in the way."""
+    (tmp_path / "history.csv").mkdir()
+    result, _ = run(small_config(tmp_path), tmp_path)
+    assert len(result.history) == 4
+    saved = load_verified(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert (saved["epoch"], len(saved["history"])) == (4, 4)
+    assert f"WARNING: {tmp_path / 'history.csv'} could not be written" in capsys.readouterr().out
 
 
 def test_a_full_disk_shows_before_the_first_step(tmp_path, monkeypatch):
@@ -876,7 +895,7 @@ def test_training_goes_on_without_checkpoints_where_that_is_wanted(tmp_path, mon
     failed = fill_disk(monkeypatch, lambda name: epochs and epochs[-1] in (1, 2))
     result, model = run(cfg, tmp_path)
     assert len(result.history) == 4 and len(history_of(tmp_path)) == 4
-    assert {name.split("-")[0] for name in failed} >= {"history.csv", "best"}
+    assert {name.split("-")[0] for name in failed} >= {"epoch001", "epoch002", "best"}
     assert "Training goes on, as ON_SAVE_ERROR says" in capsys.readouterr().out
     # the best of the second epoch could not be kept; what is reported is what the file holds
     assert (result.best_epoch, result.best_score) == (4, 0.8)
@@ -1019,6 +1038,43 @@ def test_an_interrupt_finishes_the_step_and_saves(tiny_root):
     positions = re.findall(r"resuming at epoch (\d), step (\d)", said)
     assert positions == [("1", "2"), ("1", "5"), ("1", "7")]
     assert_same_run(folder / "outputs/stopped", folder / "outputs/whole")
+
+
+@pytest.mark.parametrize("moment", ["read_device", "save_checkpoint"])
+def test_an_interrupt_is_never_answered_without_saving(tmp_path, monkeypatch, moment):
+    """It may come after the step has decided whether to save."""
+    original, calls = getattr(engine, moment), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    cfg = small_config(tmp_path, LOG_EVERY=2, CHECKPOINT_STEPS=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped and saved"):
+            run(cfg, tmp_path / "parts")
+    saved = load_verified(list_checkpoints(tmp_path / "parts" / "checkpoints")[0])
+    assert (saved["epoch"], saved["step"]) == (0, 5)  # asked at step 4, which was over
+    run(cfg, tmp_path / "parts")
+    run(cfg, tmp_path / "whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_stop_that_could_not_save_says_so(tmp_path, monkeypatch):
+    cfg = small_config(tmp_path, ON_SAVE_ERROR="continue")
+    fill_disk(monkeypatch, lambda name: True)
+    original = engine.train_step
+
+    def stop(*args):
+        signal.raise_signal(signal.SIGINT)
+        original(*args)
+
+    monkeypatch.setattr(engine, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt, match="stopped, but not saved; free some disk space"):
+        run(cfg, tmp_path)
 
 
 KERNEL_SETUP = """

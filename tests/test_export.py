@@ -144,6 +144,7 @@ TENSORS = {
     "another name": lambda t: t.update({"module.x": t.pop("head.output.bias")}),
     "nothing": lambda t: t.clear(),
     "NaN": lambda t: t["head.output.bias"].fill_(float("nan")),
+    "a negative variance": lambda t: t["backbone.bn1.running_var"].fill_(-1),
     "infinity": lambda t: t["backbone.bn1.running_var"].fill_(float("inf")),
 }
 
@@ -177,7 +178,11 @@ ABOUT = {
     "one": {"classes": ["calm"]},
     "too few": {"classes": ["calm", "joy"]},
     "too many": {"classes": ["a", "b", "c", "d"]},
+    "far too many": {"classes": [str(i) for i in range(3_000_000)]},
     "numbers": {"classes": [1, 2, 3]},
+    "a blank": {"classes": ["calm", " ", "rage"]},
+    "a control sequence": {"classes": ["calm", "\x1b[2J", "rage"]},
+    "half a character": {"classes": ["calm", "\ud800", "rage"]},
     "lists": {"classes": [["calm"], ["joy"], ["rage"]]},
     "a text": {"classes": "abc"},
     "an object": {"classes": {"a": 0, "b": 1, "c": 2}},

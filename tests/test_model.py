@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import pickle
 import urllib.error
@@ -22,7 +23,7 @@ from torch import nn
 from emotion_transfer import model as model_module
 from emotion_transfer.augment import prepare_images
 from emotion_transfer.checkpoint import save_with_digest
-from emotion_transfer.config import MODELS, make_config
+from emotion_transfer.config import MODELS, config_to_json, make_config
 from emotion_transfer.data import decode_image
 from emotion_transfer.model import (
     BACKBONES,
@@ -197,6 +198,18 @@ def test_absent_weights_fall_back_on_the_sample_and_it_says_so(no_hub, capsys):
     chosen = choose_backbone(cfg, synthetic=True)
     assert chosen == dataclasses.replace(cfg, MODEL_NAME="efficientnet_lite0", WEIGHTS="DEFAULT")
     assert "NOTE" in (said := capsys.readouterr().out) and "efficientnet_lite0" in said
+
+
+def test_a_sample_run_keeps_its_backbone_when_the_network_is_back(no_hub, tmp_path, monkeypatch):
+    cfg = make_config({"MODEL_NAME": "resnet50"})
+    fallback = choose_backbone(cfg, synthetic=True, run_dir=tmp_path)
+    (tmp_path / "config.json").write_text(config_to_json(fallback))
+    monkeypatch.setattr(model_module, "imagenet_weights", lambda name, weights: {})
+    assert choose_backbone(cfg, synthetic=True, run_dir=tmp_path) == fallback
+    assert choose_backbone(cfg, synthetic=False, run_dir=tmp_path) is cfg
+    for content in ("", "[]", '{"MODEL_NAME": "resnet50"}'):
+        (tmp_path / "config.json").write_text(content)
+        assert choose_backbone(cfg, synthetic=True, run_dir=tmp_path) is cfg
 
 
 def test_random_weights_are_used_only_where_asked_for(no_hub, capsys):
@@ -508,6 +521,36 @@ def test_weights_to_start_from_must_fit(small, tmp_path):
         cfg = small_config(tmp_path, INIT_FROM=str(absent))
         with pytest.raises(WeightsError, match="neither"):
             load_initial_weights(cfg, build_model(cfg, 3), CLASSES)
+
+
+def test_damaged_weights_are_not_started_from(small, tmp_path):
+    source, state = saved_classifier(tmp_path, "best")
+    content = bytearray(source.read_bytes())
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    named = tmp_path / f"best-epoch003-{digest}.pt"
+    cfg = small_config(tmp_path, INIT_FROM=str(named))
+    named.write_bytes(content)
+    load_initial_weights(cfg, build_model(cfg, 3), CLASSES)
+    place = content.find(state["head.output.bias"].numpy().tobytes())
+    assert place > 0
+    content[place + 3] ^= 64  # an exponent: still a number, and a whole file
+    named.write_bytes(content)
+    with pytest.raises(WeightsError, match="INIT_FROM"):
+        load_initial_weights(cfg, build_model(cfg, 3), CLASSES)
+    state["head.output.bias"][1] = float("nan")
+    torch.save({"model": state, "classes": list(CLASSES)}, tmp_path / "plain.pt")
+    cfg = small_config(tmp_path, INIT_FROM=str(tmp_path / "plain.pt"))
+    with pytest.raises(WeightsError, match=r"NaN or infinite numbers, first in head\.output\.bias"):
+        load_initial_weights(cfg, build_model(cfg, 3), CLASSES)
+
+
+def test_a_run_that_has_begun_needs_its_first_weights_no_more(small, tmp_path):
+    cfg = small_config(tmp_path, INIT_FROM=str(tmp_path / "gone.pt"))
+    with pytest.raises(WeightsError):
+        load_initial_weights(cfg, build_model(cfg, 3), CLASSES, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch000-step000000-0123456789abcdef.pt").touch()
+    load_initial_weights(cfg, build_model(cfg, 3), CLASSES, tmp_path)
 
 
 # --- what is shown -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ FACTS = {
     "synthetic": True, "dataset": "synthetic sample", "weights": "none", "epochs": 1,
     "metrics": {"test": {}},
 }  # fmt: skip
+ROOT = Path(__file__).parents[1]
 NAMES = ("calm", "joy", "rage")
 
 
@@ -152,14 +153,42 @@ def test_the_newest_export_is_the_default(export, image, tmp_path, monkeypatch, 
     assert said.out.startswith(f"{image}: ")
 
 
+def tile_bomb(path: Path, side: int = 40_960) -> None:
+    """A TIFF of 8 x 8 pixels in a tile of 6.7 GB, which compresses to some megabytes."""
+    count = side * side * 4
+    part = zlib.compressobj(1, wbits=-15)
+    zeros = part.compress(bytes(2**24)) + part.flush(zlib.Z_FULL_FLUSH)
+    adler = (count % 65521) << 16 | 1
+    tile = b"\x78\x01" + zeros * (count // 2**24) + b"\x03\x00" + struct.pack(">I", adler)
+    entries = [
+        (256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 4, 8 + 2 + 12 * 11 + 4), (259, 3, 1, 8),
+        (262, 3, 1, 2), (277, 3, 1, 4), (322, 4, 1, side), (323, 4, 1, side),
+        (324, 4, 1, 8 + 2 + 12 * 11 + 4 + 8), (325, 4, 1, len(tile)), (338, 3, 1, 2),
+    ]  # fmt: skip
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    path.write_bytes(header + table + bytes(4) + struct.pack("<4H", 8, 8, 8, 8) + tile)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_file_that_asks_for_too_much_memory_is_refused(export, image, tmp_path):
+    tile_bomb(tmp_path / "tile.tif")
+    assert (tmp_path / "tile.tif").stat().st_size < 40e6
+    command = [sys.executable, "-m", "emotion_transfer.predict", "--model", str(export)]
+    files = [str(tmp_path / "tile.tif"), str(image)]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{files[0]}: " in done.stderr and done.stdout.startswith(f"{image}: ")
+
+
 @pytest.mark.slow
 def test_as_a_program(export, image, tmp_path):
     """Exit status and streams of the real thing, with a name that is no text."""
     odd = os.fsencode(tmp_path) + b"/\xff\xfe odd.jpg"
     with open(odd, "wb") as file:
         file.write(image.read_bytes())
-    repository = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(repository), "PYTHONIOENCODING": "utf-8:strict"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     environment.pop("LC_ALL", None)
     command = [sys.executable, "-m", "emotion_transfer.predict", "--model", str(export)]
     done = subprocess.run([*command, str(image), odd], capture_output=True, env=environment)

@@ -19,8 +19,9 @@ from emotion_transfer.model import (
 # says so.
 
 # %%
-cfg = choose_backbone(cfg, synthetic=data.synthetic)
-model = load_initial_weights(cfg, build_model(cfg, len(data.classes)), data.classes)
+cfg = choose_backbone(cfg, synthetic=data.synthetic, run_dir=run_dir)
+model = build_model(cfg, len(data.classes))
+model = load_initial_weights(cfg, model, data.classes, run_dir)
 print(f"{cfg.MODEL_NAME}, weights {cfg.WEIGHTS or 'random'}: {len(data.classes)} classes")
 model.head
 
