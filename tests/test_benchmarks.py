@@ -149,11 +149,13 @@ def test_rate_counts_at_least_one_batch():
 
 def test_peak_of_anonymous_memory_is_seen_after_it_is_freed():
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # freed memory that was kept may serve malloc
-    with peak_anonymous_memory(every=0.001) as seen:
-        with mmap.mmap(-1, 200_000_000, flags=private) as block:
-            for place in range(0, len(block), mmap.PAGESIZE):
-                block[place] = 1
-            time.sleep(0.05)
+    with (
+        peak_anonymous_memory(every=0.001) as seen,
+        mmap.mmap(-1, 200_000_000, flags=private) as block,
+    ):
+        for place in range(0, len(block), mmap.PAGESIZE):
+            block[place] = 1
+        time.sleep(0.05)
     assert seen["peak"] - seen["before"] > 150_000_000
 
 
