@@ -330,6 +330,8 @@ def detach_array(store: ImageStore) -> None:
     copy = store.array_file.with_suffix(".copy")
     try:
         shutil.copyfile(store.array_file, copy)
+        with copy.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(copy, store.array_file)
     finally:
         copy.unlink(missing_ok=True)

@@ -686,6 +686,7 @@ def fit(
     Raises:
         ConfigError: if `folder` holds a run with other settings, or another process is using it.
         CheckpointError: if every checkpoint is damaged, or none can be written.
+        OSError: if a checkpoint is there but cannot be read.
         FloatingPointError: if training diverges.
         KeyboardInterrupt: when stopped, after saving.
     """

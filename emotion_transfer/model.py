@@ -236,7 +236,7 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
             network.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:  # odd keys or values
             raise WeightsError(f"WEIGHTS={weights!r} do not fit {name}: {error}") from error
-        refuse_overflow(network, f"WEIGHTS={weights!r}")
+        refuse_nonfinite(network, f"WEIGHTS={weights!r}")
     output = "fc" if name == "resnet50" else "classifier"
     setattr(network, output, nn.Identity())
     return network
@@ -395,11 +395,11 @@ def load_initial_weights(
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise WeightsError(f"INIT_FROM={cfg.INIT_FROM} does not fit: {error}") from error
-    refuse_overflow(model, f"INIT_FROM={cfg.INIT_FROM}")
+    refuse_nonfinite(model, f"INIT_FROM={cfg.INIT_FROM}")
     return model
 
 
-def refuse_overflow(network: nn.Module, source: str) -> None:
+def refuse_nonfinite(network: nn.Module, source: str) -> None:
     """Raise ``WeightsError`` if `network` holds NaN or infinite numbers."""
     for name, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
