@@ -24,14 +24,14 @@ class ConfigError(ValueError):
 
 
 # %% [markdown]
-# The fields come in groups. Those in the first two groups are the ones you will change most:
-# *what to train on* and *what to train*.
+# The fields come in groups. The first two are the ones you will change most: *what to train on* and
+# *what to train*.
 
 
 # %%
 @dataclass(frozen=True)
-class EnhancedConfig:
-    """All settings of one run; immutable, validated, and round-trips through JSON."""
+class TaskConfig:
+    """The settings that say what is learnt from what, and for how long."""
 
     # What to train on
     DATASET: str = "auto"  # "auto", "files" (the CSVs under DATA_ROOT) or "sample"
@@ -53,6 +53,17 @@ class EnhancedConfig:
     RUN_NAME: str = "auto"  # "auto": data set, model and a hash of the settings
     OUTPUT_ROOT: str = "outputs"
     INIT_FROM: str | None = None  # a checkpoint or export to start a new run from
+
+
+# %% [markdown]
+# The other groups say *how* it is learnt. Their defaults are those of the recipe that this notebook
+# explains; each is met again in its section.
+
+
+# %%
+@dataclass(frozen=True)
+class EnhancedConfig(TaskConfig):
+    """All settings of one run; immutable, validated, and round-trips through JSON."""
 
     # Optimisation
     LR_BACKBONE: float = 3e-5

@@ -1147,7 +1147,7 @@ def test_the_notebook_has_its_rhythm(notebook: nbformat.NotebookNode) -> None:
     after_prose = sum(pair == ("markdown", "code") for pair in itertools.pairwise(kinds))
     assert kinds[0] == "markdown"
     assert statistics.median(lengths) <= 15
-    assert max(lengths) <= 66  # the settings, one a line
+    assert max(lengths) <= 65
     assert kinds.count("markdown") >= 0.7 * len(lengths)
     assert after_prose >= 0.65 * len(lengths)
 

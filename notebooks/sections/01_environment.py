@@ -5,9 +5,9 @@
 # installs what is missing or too old and touches nothing where all is there.
 
 # %% tags=["install"]
+import importlib.metadata
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from packaging.requirements import Requirement
 
@@ -23,9 +23,10 @@ def is_lacking(requirement: str) -> bool:
     """Whether a package is missing here, or older than the requirement."""
     wanted = Requirement(requirement)
     try:
-        return not wanted.specifier.contains(version(wanted.name), prereleases=True)
-    except PackageNotFoundError:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
         return True
+    return not wanted.specifier.contains(found, prereleases=True)
 
 
 lacking = [requirement for requirement in REQUIRED if is_lacking(requirement)]
