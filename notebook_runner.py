@@ -6,12 +6,13 @@ still leaves the notebook as far as it came.
 
 import ast
 import asyncio
+import contextlib
 import html
+import queue
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import zmq
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -180,15 +181,31 @@ def _run_cell(client: NotebookClient, cell: NotebookNode, index: int) -> Path | 
 async def _interrupt(client: NotebookClient) -> None:
     """Interrupt the cell as Jupyter's stop button does, and let it save what it has."""
     assert client.km is not None
-    listening = asyncio.all_tasks() - {
-        asyncio.current_task()
-    }  # nbclient's, which end with the cell
+    listening = asyncio.all_tasks() - {asyncio.current_task()}  # nbclient's, for the cell's output
     await ensure_async(client.km.interrupt_kernel())
+    await _wait_until_idle(client.km)
     if listening:
-        ended, _ = await asyncio.wait(listening, timeout=GRACE)
+        ended, _ = await asyncio.wait(listening, timeout=5)
         for task in ended:
             if not task.cancelled():
                 task.exception()  # seen, so asyncio need not complain that nobody did
+
+
+async def _wait_until_idle(manager: KernelManager) -> None:
+    """Wait up to ``GRACE`` seconds for the kernel to end its cell.
+
+    What nbclient listens with may have ended with the interrupt, so the kernel itself is asked: it
+    answers once it is done.
+    """
+    asking = manager.client()
+    asking.start_channels()
+    try:
+        asking.execute("", silent=True)
+        answer: Any = asking.get_shell_msg(timeout=GRACE)
+        with contextlib.suppress(queue.Empty):
+            await ensure_async(answer)
+    finally:
+        asking.stop_channels()
 
 
 def ask_run_dir(client: NotebookClient) -> Path | None:
@@ -234,7 +251,7 @@ class Progress:
         self.started = time.monotonic()
         self.bar = tqdm(total=self.total, unit="cell", file=sys.stdout, disable=None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def of(self, cell: NotebookNode) -> Iterator[None]:
         """Announce `cell`, and count it if it ends well."""
         section = cell.id.rpartition("-")[0]
