@@ -142,24 +142,12 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
     """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        classes, settings = about["classes"], {**about["config"], "WEIGHTS": None}
-        cfg = make_config(settings)
+        cfg = make_config({**about["config"], "WEIGHTS": None})
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
+        classes = exported_classes(about, cfg, tensors)
     except EXPORT_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder} is no usable export ({reason})") from error
-    named = isinstance(classes, list) and all(
-        isinstance(c, str) and c.strip() and c.isprintable() for c in classes
-    )
-    if not named or len(set(classes)) != len(classes) or len(classes) < 2:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: classes must be distinct, printable names"
-        )
-    last = tensors.get("head.output.weight")
-    if last is None or len(last) != len(classes):
-        raise CheckpointError(
-            f"{folder / 'model.safetensors'} does not fit: it is not for {len(classes)} classes"
-        )
     model = build_model(dataclasses.replace(cfg, INIT_FROM=None), len(classes))
     try:
         model.load_state_dict(tensors)
@@ -172,7 +160,33 @@ def load_export(folder: Path, device: str = "cpu") -> ExportedModel:
             )
     model.to(choose_device(dataclasses.replace(cfg, DEVICE=device)))
     synthetic = about.get("synthetic") is True
-    return ExportedModel(model.eval().requires_grad_(False), tuple(classes), cfg, synthetic)
+    return ExportedModel(model.eval().requires_grad_(False), classes, cfg, synthetic)
+
+
+def exported_classes(
+    about: Mapping[str, Any], cfg: EnhancedConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
+    """The class names in `about`, the content of an export's config.json.
+
+    Raises:
+        ValueError: if they are no names, or `about` contradicts the settings or the weights.
+    """
+    classes, spec = about["classes"], BACKBONES[cfg.MODEL_NAME]
+    named = isinstance(classes, list) and all(
+        isinstance(c, str) and c.strip() and c.isprintable() for c in classes
+    )
+    if not named or len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ValueError("the classes in config.json must be distinct, printable names")
+    expected = {
+        "model": cfg.MODEL_NAME, "image_size": cfg.IMG_SIZE, "resize": cache_size(cfg),
+        "mean": list(spec.mean), "std": list(spec.std),
+    }  # fmt: skip
+    if wrong := [name for name, value in expected.items() if about.get(name) != value]:
+        raise ValueError(f"{', '.join(wrong)} in config.json contradict the settings there")
+    last = tensors.get("head.output.weight")
+    if last is None or len(last) != len(classes):
+        raise ValueError(f"model.safetensors is not for {len(classes)} classes")
+    return tuple(classes)
 
 
 # %% [markdown]

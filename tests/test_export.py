@@ -191,6 +191,9 @@ ABOUT = {
     "an unknown setting": {"config": {"LEARN": True}},
     "an unknown model": {"config": {"MODEL_NAME": "../../etc/passwd"}},
     "an odd size": {"config": {"MODEL_NAME": "small", "IMG_SIZE": 1e400}},
+    "another mean": {"mean": [0, 0, 0]},
+    "another image size": {"image_size": 500},
+    "another name": {"model": "resnet50"},
     "a nested setting": {"config": {"MODEL_NAME": [["small"]]}},
     "another model": {"config": {"MODEL_NAME": "efficientnet_lite0"}},
 }
