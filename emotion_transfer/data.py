@@ -350,8 +350,9 @@ def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
 # printers' CMYK, 16-bit scans, half-downloaded files. Every good one becomes the same thing: a
 # square of 8-bit RGB. Every bad one becomes an `ImageError` that says why. The content decides what
 # a file is, not its name, and only formats that photographs come in are tried: Pillow also knows
-# some that run other programs, and some that almost any bytes could pass for. With the limits on
-# bytes and pixels, an image takes at most 2.5 GB of memory.
+# some that run other programs, and some that almost any bytes could pass for. The limits on bytes
+# and pixels bound what an honest image takes to decode, to 2.5 GB; one made to deceive can take
+# more.
 
 # %%
 MAX_IMAGE_BYTES = 256 * 2**20

@@ -48,8 +48,8 @@ def choose_device(cfg: EnhancedConfig) -> torch.device:
 
 # %% [markdown]
 # On a CPU, a step frees some hundred megabytes and the next one asks for as many. By default glibc
-# hands them back to the system in between, which then clears and maps them anew, page by page: a
-# tenth of the time of a ResNet50 step went there. So it is asked to keep them.
+# hands them back to the system in between, which then clears and maps them anew, page by page; in
+# ResNet50 that costs several per cent of a step. So it is asked to keep them.
 
 # %%
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the numbers of mallopt's options, from malloc.h
