@@ -1,15 +1,16 @@
-"""Stage 3 of 3: training, evaluation, comparison, export and summary.
+"""Stage 3 of 3: training, evaluation, comparison, use and summary.
 
 python complete_notebook.py              replace these cells in the notebook
 python complete_notebook.py --all        build all three stages
 python complete_notebook.py --check      say whether the notebook is what the sources give
-python complete_notebook.py --execute    build, run every cell, keep the result and a web page
+python complete_notebook.py --execute    run every cell of what the sources give; keep the result
+                                         and a page of it, and leave the notebook as it is
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from notebook_builder import (
     NOTEBOOK,
     Project,
     Stage,
+    budgets,
+    build,
     check,
-    read_notebook,
-    run_stage,
+    run_stages,
     stage_parser,
 )
 from notebook_sources import BuildError
@@ -29,10 +31,7 @@ from notebook_sources import BuildError
 COMPLETE = Stage(
     name="complete",
     script="complete_notebook.py",
-    sections=("08_training", "09_evaluation", "10_comparison", "11_export", "12_summary"),
-    imports_note="""
-**The last imports**, for measuring what the model has learnt.
-""",
+    sections=("10_training", "11_evaluation", "12_comparison", "13_use", "14_summary"),
 )
 STAGES = (CREATE, EXTEND, COMPLETE)
 
@@ -43,7 +42,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="build all three stages, not only this")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare only; exit 1 if they differ")
-    mode.add_argument("--execute", action="store_true", help="build, then run every cell")
+    mode.add_argument(
+        "--execute", action="store_true", help="run every cell of what the sources give"
+    )
     run = parser.add_argument_group("with --execute")
     run.add_argument(
         "--set", nargs="+", action="extend", metavar="NAME=VALUE", help="settings for this run"
@@ -73,22 +74,18 @@ def main(
     args = parse_arguments(argv)
     if args.check:
         return report_check(stages, args.output, project)
-    overrides: dict[str, Any] = {}
-    if args.set:
-        try:
-            overrides = parse_overrides(args.set)
-        except ValueError as error:  # a ConfigError
-            print(f"error: --set: {error}", file=sys.stderr)
-            return 1
-    status = run_stage(stages, args.output, project, fresh=args.all)
-    return execute(args, overrides) if args.execute and status == 0 else status
+    if args.execute:
+        return execute(args, stages, project)
+    return run_stages(stages, len(stages), args.output, project, fresh=args.all)
 
 
 def report_check(stages: Sequence[Stage], output: Path, project: Project | None) -> int:
     """Say whether the committed notebook is current and, if not, what differs and the fix."""
     try:
         problem = check(stages, output, project)
-    except BuildError as error:
+        for name, (value, most) in budgets(build(stages, project)).items():
+            print(f"{name:<44}{value:>6} of {most}{'  over' if value > most else ''}")
+    except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if problem is None:
@@ -105,16 +102,18 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: naming what is wrong, before a kernel is started for it.
     """
-    from emotion_transfer.config import make_config, parse_setting
+    from emotion_toolbox.settings import parse_setting
+    from emotion_transfer.config import EnhancedConfig, make_config
 
-    overrides = dict(parse_setting(text) for text in settings)
+    overrides = dict(parse_setting(EnhancedConfig, text) for text in settings)
     make_config(overrides)
     return overrides
 
 
-def execute(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
-    """Run the notebook at ``args.output`` with `overrides` and keep notebook and page."""
-    from emotion_transfer.config import project_root
+def execute(args: argparse.Namespace, stages: Sequence[Stage], project: Project | None) -> int:
+    """Run what the sources give where ``args.output`` lies, and keep notebook and page."""
+    from emotion_toolbox.errors import ConfigError
+    from emotion_toolbox.files import project_root
     from notebook_runner import inject_overrides, run_notebook
 
     cwd = (args.cwd or args.output.parent).resolve()
@@ -123,10 +122,11 @@ def execute(args: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
             raise BuildError(f"--cwd: {cwd} is not a folder")
         if args.results:
             make_writable(args.results)
-        notebook = read_notebook(args.output, CREATE)
+        overrides = parse_overrides(args.set or ())
+        notebook = build(stages, project)
         inject_overrides(notebook, overrides)
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BuildError, OSError, ConfigError) as error:
+        print(f"error: {'--set: ' * isinstance(error, ConfigError)}{error}", file=sys.stderr)
         return 1
     return run_notebook(
         notebook,

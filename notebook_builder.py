@@ -1,45 +1,54 @@
-"""Assemble the notebook, stage by stage, from its sections and the package they import.
+"""Assemble the notebook, stage by stage, from its sections and the two packages they import.
 
-One rule does it: the first time a section imports from a module of the package, that module's own
-cells stand there in its place. So the notebook, opened alone, carries all of its code, and every
-definition in it is one that the tests import.
+One rule does it. The first time a section imports from the story, that module's own cells stand
+there in its place. An import from the toolbox stays an import, and the file travels in a cell of
+its own. So the notebook, opened alone, carries all of its code, and every definition in it is one
+that the tests import.
 """
 
 import argparse
 import ast
+import base64
 import difflib
+import hashlib
 import io
 import itertools
 import json
-import os
 import re
+import shutil
 import sys
+import time
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
+from emotion_toolbox.files import write_text
 from notebook_sources import (
     INSTALL_TAG,
     BuildError,
     Cell,
     Import,
+    Packages,
     Source,
-    cell_imports,
     namespace_problems,
     read_source,
+    same_scope,
     source_problems,
 )
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOK = ROOT / "notebooks" / "Improved_CNN_Transfer_Learning_Enhanced.ipynb"
-LINE_LENGTH = 100
-MAGIC = re.compile(r"# (%{1,2}|!)[A-Za-z]")  # as a section writes it
+MAGIC_TAG = "magic"  # the cell that defines %%toolbox; the toolbox's files follow it
+TOOLBOX_TAG = "toolbox"  # the cells of these files, and the heading above them
+TOOLBOX_CELL = "%%toolbox "  # how a cell with a file begins
+COMMAND = re.compile(r"# (%{1,2}|!)[A-Za-z]")  # a magic or a shell command, as a section writes it
+PICTURE = re.compile(r"(?<=\]\()[\w./-]+\.png(?=\))")  # a file of the repository, in prose
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -53,19 +62,19 @@ class Stage:
     name: str
     script: str
     sections: tuple[str, ...]  # file names under notebooks/sections, without .py
-    imports_note: str  # the prose before the stage's imports
 
 
 @dataclass(frozen=True)
 class Project:
     """Where the sources are."""
 
-    package: Path = ROOT / "emotion_transfer"
+    story: Path = ROOT / "emotion_transfer"
     sections: Path = ROOT / "notebooks" / "sections"
+    toolbox: Path = ROOT / "emotion_toolbox"
 
     def label(self, path: Path) -> str:
         """`path` as messages show it."""
-        root = self.package.parent
+        root = self.story.parent
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
@@ -73,79 +82,101 @@ class Project:
 
 
 class Assembly:
-    """The notebook as far as it has been told: the modules and imports already introduced."""
+    """The notebook as far as it has been told: what is already introduced and imported."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
-        self.package = project.package.name
-        self.modules: dict[str, Source] = {}  # introduced, in order
-        self.sources: list[Source] = []  # modules and sections used, in order
+        self.packages = Packages(project.story.name, project.toolbox.name)
+        self.told: dict[str, Source] = {}  # sections and modules of the story, in order
         self.imported: set[Import] = set()
+        self.has_magic = False
         self._read: dict[str, Source] = {}
 
-    def stage_cells(self, stage: Stage) -> list[NotebookNode]:
-        """The cells of the next stage, with its imports gathered into one of them."""
-        told = len(self.sources)
-        cells = [(name, cell) for name in stage.sections for cell in self._section(name)]
-        new = {i for s in self.sources[told:] for i in self._gathered(s)} - self.imported
-        if new:
-            at = _imports_position([cell for _, cell in cells])
-            section = cells[max(at - 1, 0)][0] if cells else stage.sections[0]
-            note = Cell("markdown", stage.imports_note.strip())
-            cells[at:at] = [(section, note), (section, Cell("code", format_imports(new)))]
-            self.imported |= new
-        return _as_nodes(cells, stage.name)
-
-    def _section(self, name: str) -> list[Cell]:
+    def section(self, name: str) -> Iterator[Cell]:
+        """The cells of the next section, with those of modules it is the first to import from."""
         path = self.project.sections / f"{name}.py"
-        section = self._source(path, name, is_module=False)
-        self._check_names(section)
-        cells = [new for cell in section.cells for new in self._expand(section, cell)]
-        self.sources.append(section)
-        return cells
+        yield from self._tell(self._source(path, name, "section"))
 
-    def _expand(self, section: Source, cell: Cell) -> Iterator[Cell]:
-        """A section's cell, after the cells of modules it is the first to import from."""
-        if INSTALL_TAG in cell.tags:
-            yield _with_magics(cell)
-            return
-        own = {i.module: i for i in cell_imports(cell) if self._is_own(i)}
-        for name in self._in_order(own):
-            yield from self._introduce(name, section.at(own[name].line))
-        yield from _tidy(cell, magics=True)
+    def _tell(self, source: Source) -> Iterator[Cell]:
+        """The cells of `source`; a cell of imports alone is none, they wait for the next one."""
+        self._check_names(source)
+        waiting: list[Cell] = []
+        for cell in source.cells:
+            if cell.kind != "code" or INSTALL_TAG in cell.tags:
+                self.imported |= set(cell.imports())
+                yield _as_written(cell, source.kind)
+                continue
+            if source.kind == "section":
+                asked = {i.module: source.at(i.line) for i in cell.imports() if self._in_story(i)}
+                for name in asked:
+                    yield from self._introduce(name, asked)
+            self.has_magic |= MAGIC_TAG in cell.tags
+            waiting.append(cell)
+            if not _only_imports(cell):
+                yield self._joined(source, waiting)
+                waiting = []
+        if waiting and (left := self._joined(source, waiting)).source:
+            yield left
+        self.told[source.name] = source
 
-    def _in_order(self, names: Iterable[str]) -> Iterator[str]:
-        """The modules not introduced yet, each after those of them that it imports from."""
-        pending = [name for name in names if name not in self.modules]
-        while pending:
-            for name in pending:
-                needs = {i.module for i in self._module(name).imports()} - {name}
-                if not needs & set(pending):
-                    break
-            else:
-                name = pending[0]  # they import each other; _introduce says so
-            pending.remove(name)
-            yield name
-
-    def _introduce(self, name: str, asked: str) -> Iterator[Cell]:
+    def _introduce(self, name: str, asked: Mapping[str, str]) -> Iterator[Cell]:
+        """A module's cells, once, after those that it needs of the modules `asked` for with it."""
         module = self._module(name)
-        for item in module.imports():
-            if self._is_own(item) and item.module not in self.modules:
+        later = {other: where for other, where in asked.items() if other != name}
+        for item in module.imports() if name not in self.told else ():
+            if self._in_story(item) and item.module not in self.told:
+                if item.module not in later:
+                    raise BuildError(
+                        f"{module.at(item.line)}: {name} imports from {item.module}, which is not "
+                        f"in the notebook yet where {asked[name]} asks for {name}; write a cell "
+                        f"`from {item.module} import {item.name}` in a section before that"
+                    )
+                yield from self._introduce(item.module, later)
+        if name not in self.told:
+            yield from self._tell(module)
+
+    def _joined(self, source: Source, cells: Sequence[Cell]) -> Cell:
+        """The last of `cells` under the imports of them all, less what the notebook has already."""
+        texts = []
+        for cell in cells:
+            new = {i for i in cell.imports() if not self._in_story(i)} - self.imported
+            if not self.has_magic and (early := [i.line for i in new if self._in_toolbox(i)]):
                 raise BuildError(
-                    f"{module.at(item.line)}: {name} imports from {item.module}, which is not in "
-                    f"the notebook yet where {asked} asks for {name}; write a cell "
-                    f"`from {item.module} import {item.name}` in a section before that"
+                    f"{source.at(min(early))}: imports from the toolbox, which the notebook has "
+                    f"only after a section's cell tagged {MAGIC_TAG!r}; put that before"
                 )
-        self._check_names(module)
-        self.modules[name] = module
-        self.sources.append(module)
-        for cell in module.cells:
-            yield from _tidy(cell)
+            self.imported |= new
+            written = _as_written(cell.with_imports(new), source.kind).source
+            if _only_imports(cell):
+                written = re.sub(r"(?m)^#.*\n?", "", written).strip("\n")
+            texts.append(written)
+        return replace(cells[-1], source=_stack([text for text in texts if text]))
+
+    def toolbox_cells(self) -> list[Cell]:
+        """A cell for every file of the toolbox that is needed, each after those it imports."""
+        found: dict[str, Source] = {}
+
+        def visit(name: str, asked: str, chain: tuple[str, ...]) -> None:
+            if name in chain:
+                raise BuildError(f"{asked}: {' -> '.join([*chain, name])} is a circle of imports")
+            if name not in found:
+                file = self._module(name, asked)
+                self._check_names(file)
+                for item in file.imports():
+                    if self._in_toolbox(item):
+                        visit(item.module, file.at(item.line), (*chain, name))
+                found[name] = file
+
+        for source in self.told.values():
+            for item in source.imports():
+                if self._in_toolbox(item):
+                    visit(item.module, source.at(item.line), ())
+        return [_toolbox_cell(file) for file in found.values()]
 
     def _check_names(self, source: Source) -> None:
-        """Refuse an import of a name that its module of the package does not define."""
+        """Refuse an import of a name that its module does not define."""
         for item in source.imports():
-            if not self._is_own(item):
+            if not self.packages.holder(item.module):
                 continue
             module = self._module(item.module, source.at(item.line))
             names = {binding.name for binding in module.bindings()}
@@ -159,102 +190,133 @@ class Assembly:
                 )
 
     def _module(self, name: str, asked: str = "") -> Source:
-        base = self.project.package.parent.joinpath(*name.split("."))
-        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        package, *inside = name.split(".")
+        story = package == self.packages.story
+        base = (self.project.story if story else self.project.toolbox).joinpath(*inside)
+        path = base / "__init__.py" if story and base.is_dir() else base.with_suffix(".py")
         if not path.is_file():
             raise BuildError(f"{asked}: there is no {name} ({self.project.label(path)})")
-        return self._source(path, name, is_module=True)
+        return self._source(path, name, "story" if story else "toolbox")
 
-    def _source(self, path: Path, name: str, is_module: bool) -> Source:
+    def _source(self, path: Path, name: str, kind: str) -> Source:
         if name not in self._read:
-            source = read_source(path, self.project.label(path), name, is_module)
-            if problems := source_problems(source, self.package):
+            source = read_source(path, self.project.label(path), name, kind)
+            if problems := source_problems(source, self.packages):
                 raise BuildError("\n".join(problems))
             self._read[name] = source
         return self._read[name]
 
-    def _is_own(self, item: Import) -> bool:
-        return item.module.startswith(self.package + ".")
+    def _in_story(self, item: Import) -> bool:
+        return self.packages.holder(item.module) == self.packages.story
 
-    def _gathered(self, source: Source) -> list[Import]:
-        """The imports of `source` that belong in the notebook's import cells."""
-        items = (i for c in source.cells if INSTALL_TAG not in c.tags for i in cell_imports(c))
-        return [item for item in items if not self._is_own(item)]
+    def _in_toolbox(self, item: Import) -> bool:
+        return self.packages.holder(item.module) == self.packages.toolbox
 
 
-def _tidy(cell: Cell, magics: bool = False) -> Iterator[Cell]:
-    """`cell` without its imports; nothing at all where only comments would be left."""
+def _only_imports(cell: Cell) -> bool:
     imports = [s for s in cell.body if isinstance(s, ast.Import | ast.ImportFrom)]
-    rest = cell.without(imports) if imports else cell
-    rest = _with_magics(rest) if magics else rest
-    emptied = len(imports) == len(cell.body) > 0
-    comments = all(line.startswith("#") or not line for line in rest.source.split("\n"))
-    if not (emptied and comments):
-        yield rest
+    return 0 < len(imports) == len(cell.body) and not COMMAND.search(cell.source)
 
 
-def _with_magics(cell: Cell) -> Cell:
-    """A section's cell with ``# %magic`` and ``# !command`` as a notebook writes them.
+def _stack(texts: Sequence[str]) -> str:
+    """Import statements above the code that needs them, with the blank lines in between."""
+    *imports, code = texts or [""]
+    if code.startswith("%%"):  # a cell magic must come first
+        magic, _, code = code.partition("\n")
+        return "\n".join([magic, *imports, code])
+    gap = "\n\n\n" if re.match("@|(def|class|async) ", code) else "\n\n"
+    gap = "\n" if re.match("(from|import) ", code) else gap
+    return gap.join(["\n".join(imports), code]) if imports else code
 
-    jupytext would do this too, but it takes a comment such as ``# ls is short`` for a command.
+
+def _as_written(cell: Cell, kind: str) -> Cell:
+    """`cell` without words to the formatter and, of a section, with magics as a notebook has them.
+
+    jupytext would do the latter too, but it takes a comment such as ``# ls is short`` for one.
     """
     if cell.kind != "code":
         return cell
     lines = cell.source.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(cell.source + "\n").readline):
-        row, column = token.start
-        magic = token.type == tokenize.COMMENT and MAGIC.match(token.string)
-        if magic and not lines[row - 1][:column].strip():
-            lines[row - 1] = lines[row - 1][:column] + token.string.removeprefix("# ")
-    return Cell(cell.kind, "\n".join(lines), cell.tags)
+        row, comment = token.start[0] - 1, token.string
+        if token.type != tokenize.COMMENT:
+            continue
+        if comment == "# fmt: skip":
+            lines[row] = lines[row].removesuffix(f"  {comment}")
+        elif kind == "section" and lines[row].strip() == comment and COMMAND.match(comment):
+            lines[row] = lines[row].replace("# ", "", 1)
+    return replace(cell, source="\n".join(lines))
 
 
-def _imports_position(cells: list[Cell]) -> int:
-    """After the install cell where there is one, else before the stage's first code cell."""
-    install = [i for i, cell in enumerate(cells) if INSTALL_TAG in cell.tags]
-    if install:
-        return install[-1] + 1
-    return next((i for i, cell in enumerate(cells) if cell.kind == "code"), len(cells))
+def _toolbox_cell(file: Source) -> Cell:
+    """The file as it is. Colab shows the title for the folded cell; it wants it in a line."""
+    package, _, name = file.name.partition(".")
+    title = f"{TOOLBOX_CELL}{name}.py\n# @title {package}/{name}.py\n"
+    return Cell("code", title + file.cells[0].source, (TOOLBOX_TAG,))
 
 
-def _as_nodes(cells: list[tuple[str, Cell]], stage: str) -> list[NotebookNode]:
-    """Notebook cells, numbered within their section, with white-listed metadata."""
-    counts: Counter[str] = Counter()
-    nodes = []
-    for section, cell in cells:
-        counts[section] += 1
-        metadata: dict[str, Any] = {"stage": stage}
-        if cell.tags:
-            metadata["tags"] = list(cell.tags)
-        node: dict[str, Any] = {
-            "id": f"{section.partition('_')[2]}-{counts[section]:02d}",
-            "cell_type": cell.kind,
-            "metadata": metadata,
-            "source": cell.source,
-        }
-        if cell.kind == "code":
-            node |= {"execution_count": None, "outputs": []}
-        nodes.append(as_node(node))
-    return nodes
+def is_toolbox(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell of a notebook is a file of the toolbox."""
+    return bool(cell["source"].startswith(TOOLBOX_CELL))
 
 
-def build(stages: Sequence[Stage], project: Project | None = None) -> NotebookNode:
-    """The notebook that `stages`, the first of all up to the last wanted, make of the sources.
+def _node(identity: str, cell: Cell, stage: str, project: Project) -> dict[str, Any]:
+    """A notebook cell with white-listed metadata."""
+    metadata: dict[str, Any] = {"stage": stage}
+    node: dict[str, Any] = {"id": identity, "cell_type": cell.kind, "metadata": metadata}
+    node["source"] = cell.source
+    if cell.tags:
+        metadata["tags"] = list(cell.tags)
+    if cell.kind == "code":
+        node |= {"execution_count": None, "outputs": []}
+        if TOOLBOX_TAG in cell.tags:  # folded in JupyterLab and in Colab
+            metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
+    elif TOOLBOX_TAG in cell.tags:
+        metadata["jp-MarkdownHeadingCollapsed"] = True
+    if cell.kind == "markdown" and (names := PICTURE.findall(cell.source)):
+        node["source"] = PICTURE.sub(lambda x: f"attachment:{Path(x[0]).name}", cell.source)
+        files = {Path(name).name: project.story.parent / name for name in names}
+        text = {name: base64.b64encode(path.read_bytes()).decode() for name, path in files.items()}
+        node["attachments"] = {name: {"image/png": png} for name, png in text.items()}
+    return node
+
+
+def build(
+    stages: Sequence[Stage], project: Project | None = None, number: int | None = None
+) -> NotebookNode:
+    """What `stages`, all of them, make of the sources: the cells of the first `number` of them.
 
     Raises:
         BuildError: naming file, line and fix of everything that would break.
+        OSError: naming a picture that the prose shows and that cannot be read.
     """
     names = [section for stage in stages for section in stage.sections]
     ids = Counter(name.partition("_")[2] for name in names)
     for name in names:
         if not re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", name) or ids[name.partition("_")[2]] > 1:
             raise BuildError(f"section {name!r}: call it NN_name, with a name of its own")
-    assembly = Assembly(project or Project())
-    cells = [cell for stage in stages for cell in assembly.stage_cells(stage)]
-    if problems := namespace_problems(assembly.sources, assembly.package):
+    project = project or Project()
+    assembly = Assembly(project)
+    told = [(s.name, n, list(assembly.section(n))) for s in stages for n in s.sections]
+    if problems := namespace_problems(assembly.told.values(), assembly.packages):
         raise BuildError("\n".join(problems))
-    notebook = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
-    return as_node(notebook)
+    cells = []
+    wanted = {stage.name for stage in stages[:number]}
+    for stage, section, own in (part for part in told if part[0] in wanted):
+        for count, cell in enumerate(own, start=1):
+            name = f"{section.partition('_')[2]}-{count:02d}"
+            cells.append(_node(name, cell, stage, project))
+            for file in assembly.toolbox_cells() if MAGIC_TAG in cell.tags else ():
+                name = file.source.split("\n")[0].removeprefix(TOOLBOX_CELL).removesuffix(".py")
+                cells.append(_node(f"toolbox-{name}", file, stage, project))
+    metadata = METADATA | {"generated": fingerprint(cells)}
+    return as_node({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+
+
+def fingerprint(cells: Iterable[Mapping[str, Any]]) -> str:
+    """A digest of what a hand might edit; the notebook's metadata hold that of what was built."""
+    texts = [[cell.get(key) for key in ("id", "cell_type", "source")] for cell in cells]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def as_node(content: Mapping[str, Any]) -> NotebookNode:
@@ -263,140 +325,134 @@ def as_node(content: Mapping[str, Any]) -> NotebookNode:
     return node
 
 
-# --- imports ------------------------------------------------------------------------------------
+# --- budgets ------------------------------------------------------------------------------------
 
 
-def format_imports(items: Iterable[Import]) -> str:
-    """Import statements in the order and shape that ruff gives them."""
-    items = set(items)
-    standard = {i for i in items if i.module.partition(".")[0] in sys.stdlib_module_names}
-    blocks = [_import_block(standard), _import_block(items - standard)]
-    return "\n\n".join(block for block in blocks if block)
+def budgets(notebook: NotebookNode) -> dict[str, tuple[int, int]]:
+    """How much a reader faces, and the most it may be; lines are those that are not blank."""
+    folded = [_lines(cell) for cell in notebook.cells if is_toolbox(cell)]
+    cells = [cell for cell in notebook.cells if not is_toolbox(cell)]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    lines = {cell.id: _lines(cell) for cell in code}
+    settings = max((lines.pop(c.id) for c in code if "class EnhancedConfig" in c.source), default=0)
+    calls = [_calls(cell) if cell.cell_type == "code" else [] for cell in cells]
+    shown, trains = (
+        next((i for i, names in enumerate(calls) if any(map(call, names))), len(cells))
+        for call in (re.compile(r"plot_\w+|keep_figure").fullmatch, "fit".__eq__)
+    )
+    return {
+        "visible code cells": (len(code), 80),
+        "visible code lines": (sum(lines.values()) + settings, 850),
+        "longest visible code cell": (max(lines.values(), default=0), 45),
+        "the cell of EnhancedConfig": (settings, 75),
+        "toolbox cells": (len(folded), 20),
+        "toolbox lines": (sum(folded), 3000),
+        "cells before the first picture of the data": (shown, 35),
+        "cells before training starts": (trains, 110),
+    }
 
 
-def _import_block(items: set[Import]) -> str:
-    plain = [item for item in items if item.name is None]
-    statements = [str(i) for i in sorted(plain, key=lambda i: (_natural(i.module), i.alias or ""))]
-    groups: dict[tuple[str, str | None], list[Import]] = {}  # one from-statement each
-    for item in sorted((item for item in items if item.name), key=_member_key):
-        groups.setdefault((item.module, item.alias and str(item)), []).append(item)
-    for group in sorted(groups.values(), key=lambda g: (_natural(g[0].module), _member_key(g[0]))):
-        members = [str(item).partition(" import ")[2] for item in group]
-        statements.append(_from_statement(group[0].module, members))
-    return "\n".join(statements)
+def _lines(cell: NotebookNode) -> int:
+    return sum(bool(line.strip()) for line in cell.source.split("\n"))
 
 
-def _from_statement(module: str, members: list[str]) -> str:
-    line = f"from {module} import {', '.join(members)}"
-    if len(line) <= LINE_LENGTH:
-        return line
-    return f"from {module} import (\n" + "".join(f"    {name},\n" for name in members) + ")"
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that ignores case and puts ``conv2`` before ``conv10``."""
-    parts = re.findall(r"\d+|\D", text.lower())
-    return [
-        (1, 0, part)
-        if not part.isdigit()
-        else (0, -1, part)
-        if part[0] == "0"
-        else (0, int(part), "")
-        for part in parts
-    ]
-
-
-def _member_key(item: Import) -> tuple[int, list[tuple[int, int, str]], str]:
-    """Constants, then classes, then the rest."""
-    name = item.name or ""
-    kind = 0 if len(name) > 1 and name.isupper() else 1 if name[:1].isupper() else 2
-    return kind, _natural(name), item.alias or ""
+def _calls(cell: NotebookNode) -> list[str]:
+    """The functions that a cell calls by name, outside of what it defines."""
+    nodes = same_scope(ast.parse(_without_magics(cell.source)))
+    return [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
 
 
 # --- stages and the file ------------------------------------------------------------------------
 
 
-def write_stage(
-    stages: Sequence[Stage], output: Path, project: Project | None = None, fresh: bool = False
-) -> bool:
-    """Write the last of `stages` into the notebook at `output`, dropping whatever came after it.
+def run_stages(
+    stages: Sequence[Stage], number: int, output: Path, project: Project | None, fresh: bool = False
+) -> int:
+    """Write the first `number` of `stages` into the notebook at `output`, and nothing after them.
 
-    With `fresh`, all of `stages` are written, whatever the file holds. Returns whether it changed.
-
-    Raises:
-        BuildError: if the earlier stages are not in the file as their sources give them.
+    Unless all are to be written `fresh`, only the last of these may differ from what the file
+    holds: the others must be in it as their sources give them. Says what was done, and returns the
+    exit status.
     """
-    notebook = build(stages, project)
-    if stages[:-1] and not fresh:
-        require_stages(stages[:-1], notebook, output)
-    text = notebook_text(notebook).encode()
-    if output.is_file() and output.read_bytes() == text:
-        return False
-    write_atomically(output, text)
-    return True
+    what = "all stages" if fresh else f"stage {stages[number - 1].name!r}"
+    try:
+        notebook = build(stages, project, number)
+        if number > 1 and not fresh:
+            require_stages(stages[: number - 1], notebook, output)
+        text = notebook_text(notebook)
+        unchanged = output.is_file() and output.read_bytes() == text.encode()
+        if not unchanged:
+            keep_copy(output)
+            write_text(output.resolve(), text)
+    except (BuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{output}: {what} {'unchanged' if unchanged else 'written'}")
+    return 0
+
+
+def keep_copy(output: Path) -> None:
+    """Copy the notebook at `output` beside it if it holds what no build would give back."""
+    if output.is_file() and (reason := touched(output)):
+        stem = f"{output.stem}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (f"{stem}{'' if n == 1 else f'-{n}'}{output.suffix}" for n in itertools.count(1))
+        copy = next(path for name in names if not (path := output.with_name(name)).exists())
+        shutil.copy2(output, copy)
+        print(f"{output}: {reason}; kept as {copy.name}")
+
+
+def touched(path: Path) -> str | None:
+    """What was done to the notebook at `path` since it was built; None for nothing."""
+    try:
+        content = read_notebook(path)
+    except BuildError:
+        return "is not as it was built"
+    if content.get("metadata", {}).get("generated") != fingerprint(content.cells):
+        return "was edited by hand"
+    has_outputs = any(cell.get("outputs") or cell.get("execution_count") for cell in content.cells)
+    return "has outputs" if has_outputs else None
 
 
 def require_stages(earlier: Sequence[Stage], built: NotebookNode, output: Path) -> None:
     """Refuse a notebook whose `earlier` stages are missing, stale or edited by hand."""
-    cells = read_notebook(output, earlier[0]).cells
-    for stage in earlier:
-        again = f"run `{_command(stage, output)}`"
-        present = [cell for cell in cells if cell.metadata.get("stage") == stage.name]
-        if not present:
-            raise BuildError(
-                f"{output} has no cells of stage {stage.name!r}; {again} first, then the later ones"
-            )
+    try:
+        cells = read_notebook(output).cells
+    except BuildError as error:
+        raise BuildError(f"{error}; run `{_command(earlier[0], output)}` first") from None
+    for stage in earlier:  # a cell of no stage is an edit of the first
+        own = stage.name, *([None] if stage == earlier[0] else [])
+        present = [cell for cell in cells if cell.metadata.get("stage") in own]
         expected = [cell for cell in built.cells if cell.metadata.stage == stage.name]
         if found := first_difference(expected, present, ignore_outputs=True):
             raise BuildError(
-                f"{output}, stage {stage.name!r}: {found}\nEdited by hand, or older than its "
-                f"sources; {again} again, then the later ones"
+                f"{output}, stage {stage.name!r}: {found}\nMissing, edited by hand, or older than "
+                f"its sources; run `{_command(stage, output)}` first, then the later ones"
             )
-    stray = [cell.get("id", "?") for cell in cells if not cell.metadata.get("stage")]
-    if stray:
-        raise BuildError(
-            f"{output}: cell {stray[0]} belongs to no stage; nothing is added to the notebook by "
-            f"hand: put it into a section, run `{_command(earlier[0], output)}` and the later ones"
-        )
 
 
 def _command(stage: Stage, output: Path) -> str:
-    option = "" if output == NOTEBOOK else f" --output {output}"
-    return f"python {stage.script}{option}"
+    return f"python {stage.script}" + ("" if output == NOTEBOOK else f" --output {output}")
 
 
-def read_notebook(path: Path, first: Stage) -> NotebookNode:
-    """The notebook at `path`; where there is none, the error says to run the `first` stage."""
+def read_notebook(path: Path) -> NotebookNode:
+    """The notebook at `path`; raises ``BuildError`` where there is none."""
+    if not path.exists():
+        raise BuildError(f"{path} does not exist")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("nbformat") == 4 and all("metadata" in cell for cell in content["cells"]):
-            for cell in content["cells"]:  # a file may hold a source as a list of lines
-                cell["source"] = "".join(cell.get("source", ""))
-            return as_node(content)
-        problem = f"{path} is not a notebook of version 4"
-    except FileNotFoundError:
-        problem = f"{path} does not exist"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{path} is not a notebook ({type(error).__name__}: {str(error)[:80]})"
-    raise BuildError(f"{problem}; run `{_command(first, path)}` first, then the later ones")
+        content = as_node(json.loads(path.read_text(encoding="utf-8")))
+        for cell in content.cells:
+            cell.source = "".join(cell.source)  # a file may hold it as a list of lines
+            cell.setdefault("metadata", as_node({}))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        kind = type(error).__name__
+        raise BuildError(f"{path} is not a notebook ({kind}: {str(error)[:80]})") from None
+    return content
 
 
 def notebook_text(notebook: NotebookNode) -> str:
     """The notebook as the file holds it: the same bytes for the same sources, every time."""
     text: str = nbformat.writes(notebook, version=nbformat.NO_CONVERT)  # type: ignore[no-untyped-call]
     return text.rstrip("\n") + "\n"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees the old file or the new one, never half of one."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- check --------------------------------------------------------------------------------------
@@ -408,10 +464,9 @@ def check(stages: Sequence[Stage], output: Path, project: Project | None = None)
     if output.is_file() and output.read_bytes() == notebook_text(built).encode():
         return None
     try:
-        cells = read_notebook(output, stages[0]).cells
+        found = first_difference(built.cells, read_notebook(output).cells)
     except BuildError as error:
-        return str(error).partition(";")[0]
-    found = first_difference(built.cells, cells)
+        return str(error)
     return f"{output}: {found or 'the cells are right, but the metadata or the layout differ'}"
 
 
@@ -419,46 +474,32 @@ def first_difference(
     expected: Sequence[NotebookNode], present: Sequence[NotebookNode], ignore_outputs: bool = False
 ) -> str | None:
     """What first sets the cells `present` in a file apart from those the sources give."""
-    expected_ids = [cell.id for cell in expected]
-    present_ids = [cell.get("id", "without an id") for cell in present]
-    for ours, theirs in itertools.zip_longest(expected, present):
-        if ours is None or (theirs and theirs.get("id") != ours.id and ours.id in present_ids):
-            return f"cell {theirs.get('id', 'without an id')} is not in the sources, or not here"
-        if theirs is None or (theirs.get("id") != ours.id and ours.id not in present_ids):
-            return f"cell {ours.id} is missing"
-        if ours.source != theirs.source:
-            return f"cell {ours.id} differs:\n{_diff(theirs.source, ours.source)}"
-        if ours.cell_type != theirs.cell_type:
-            return f"cell {ours.id} is of type {theirs.cell_type}, not {ours.cell_type}"
-        if ours.metadata.get("tags") != theirs.metadata.get("tags"):
-            return f"cell {ours.id} has other tags"
+    ids = [[cell.get("id", "without an id") for cell in cells] for cells in (expected, present)]
+    if extra := [identity for identity in ids[1] if identity not in ids[0]]:
+        return f"cell {extra[0]} is not in the sources"
+    if missing := [identity for identity in ids[0] if identity not in ids[1]]:
+        return f"cell {missing[0]} is missing"
+    if ids[0] != ids[1]:
+        return "the cells stand in another order"
+    for ours, theirs in zip(expected, present, strict=True):
         if not ignore_outputs and (theirs.get("outputs") or theirs.get("execution_count")):
             return f"cell {ours.id} has outputs; the notebook is kept without"
-        if not ignore_outputs and ours != theirs:
-            return f"cell {ours.id} has other metadata"
-    return None if expected_ids == present_ids else "the cells stand in another order"
-
-
-def _diff(theirs: str, ours: str, limit: int = 30) -> str:
-    lines = list(
-        difflib.unified_diff(
-            theirs.splitlines(), ours.splitlines(), "the notebook", "the sources", lineterm="", n=2
+        old, new = (
+            [str(c.get("metadata", {}).get("tags")), *c.source.split("\n")] for c in (theirs, ours)
         )
-    )
-    more = [f"... and {len(lines) - limit} lines more"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)
+        if old != new or ours.cell_type != theirs.cell_type:
+            diff = difflib.unified_diff(old, new, "the notebook", "the sources", n=2, lineterm="")
+            return "\n".join([f"cell {ours.id} differs:", *itertools.islice(diff, 30)])
+    return None
 
 
 # --- tools --------------------------------------------------------------------------------------
 
 
 def flat_script(notebook: NotebookNode) -> str:
-    """All code cells as one Python file, magics commented out, for ruff and mypy."""
-    parts = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            parts.append(f"# %% {cell.id}\n{_without_magics(cell.source)}\n")
-    return "\n\n".join(parts)
+    """All code cells but the toolbox's as one file, magics commented out, for ruff and mypy."""
+    cells = [c for c in notebook.cells if c.cell_type == "code" and not is_toolbox(c)]
+    return "\n\n".join(f"# %% {cell.id}\n{_without_magics(cell.source)}\n" for cell in cells)
 
 
 def _without_magics(source: str) -> str:
@@ -471,24 +512,8 @@ def _without_magics(source: str) -> str:
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every stage has."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=NOTEBOOK, metavar="PATH", help="the notebook to write"
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=kind)
+    text = "the notebook to write"
+    parser.add_argument("--output", type=Path, default=NOTEBOOK, metavar="PATH", help=text)
     return parser
-
-
-def run_stage(
-    stages: Sequence[Stage], output: Path, project: Project | None = None, fresh: bool = False
-) -> int:
-    """Write the last of `stages`, say what was done, and return the exit status."""
-    try:
-        changed = write_stage(stages, output, project, fresh)
-    except (BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    what = "all stages" if fresh else f"stage {stages[-1].name!r}"
-    print(f"{output}: {what} {'written' if changed else 'unchanged'}")
-    return 0

@@ -1,22 +1,22 @@
 """Run a notebook from the command line and keep what it shows, whatever happens on the way.
 
-nbclient runs the cells, nbconvert makes the page. A run that fails, hangs, dies or is interrupted
-still leaves the notebook as far as it came.
+nbclient runs the cells. A run that fails, hangs, dies or is interrupted still leaves the notebook
+as far as it came, and a page of it.
 """
 
 import ast
 import asyncio
 import contextlib
-import html
 import queue
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import zmq
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
@@ -24,30 +24,29 @@ from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
-from tqdm import tqdm
 from traitlets import default
 
-from notebook_builder import as_node, notebook_text, write_atomically
+from emotion_toolbox.files import write_text
+from notebook_builder import notebook_text
+from notebook_page import make_page
 from notebook_sources import BuildError
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"  # papermill's tags
 WIDGET = "application/vnd.jupyter.widget-view+json"
-WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 MEMORY_HINT = (
     "Most often the memory ran out: lower BATCH_SIZE (--set BATCH_SIZE=16), or IMG_SIZE, or "
     "CACHE_SIZE."
 )
-BAR = ["HTMLModel", "FloatProgressModel", "HTMLModel"]  # the parts of a tqdm bar
+PASSED_ON = "epoch "  # how lines begin that the terminal shows as they come
 GRACE = 60.0  # seconds that an interrupted cell has to finish what it is doing
 SLOW_CELL = 1.0  # seconds from which a cell is worth a line
 INTERRUPTED = 130  # the exit status of a command stopped by Ctrl-C
 
 
-class ThisInterpreter(AsyncKernelManager):
-    """Starts ipykernel under the running interpreter, wherever a kernel named python3 leads."""
+class Kernels(AsyncKernelManager):
+    """Starts ``python3`` under the running interpreter, wherever a kernel of that name leads."""
 
     @default("transport_encryption")
     def _encrypt_where_possible(self) -> str:
@@ -55,21 +54,29 @@ class ThisInterpreter(AsyncKernelManager):
         return "auto" if zmq.has("curve") else "disabled"
 
     @property
-    def kernel_spec(self) -> KernelSpec:
+    def kernel_spec(self) -> KernelSpec | None:
         """ipykernel's own description of a kernel, which begins with ``sys.executable``."""
-        return KernelSpec(**get_kernel_dict())
+        if self.kernel_name == "python3":
+            return KernelSpec(**get_kernel_dict())
+        return super().kernel_spec
+
+    async def _async_interrupt_kernel(self) -> None:
+        """None before a shutdown: an idle kernel logs it as an error, a busy one is killed."""
+        if not self.shutting_down:
+            await super()._async_interrupt_kernel()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: exit status, what to tell the user, and the run's own folder if known."""
+class Client(NotebookClient):
+    """Shows a cell's lines that begin with ``epoch`` on the terminal too, as they come."""
 
-    status: int
-    message: str
-    run_dir: Path | None
+    rest = ""
 
-
-# --- settings -----------------------------------------------------------------------------------
+    def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> Any:
+        """As nbclient does."""
+        if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout":
+            *lines, self.rest = (self.rest + msg["content"]["text"]).split("\n")
+            print("".join(f"{x}\n" for x in lines if x.startswith(PASSED_ON)), end="", flush=True)
+        return super().process_message(msg, cell, cell_index)
 
 
 def inject_overrides(notebook: NotebookNode, overrides: Mapping[str, Any]) -> None:
@@ -80,15 +87,10 @@ def inject_overrides(notebook: NotebookNode, overrides: Mapping[str, Any]) -> No
     if not tagged:
         raise BuildError(f"no cell is tagged {PARAMETERS!r}, so --set has nowhere to go")
     values = "".join(f'    "{name}": {value!r},\n' for name, value in overrides.items())
-    injected: dict[str, Any] = {
-        "id": INJECTED,
-        "cell_type": "code",
-        "metadata": {"tags": [INJECTED]},
-        "source": f"OVERRIDES = {{\n    **OVERRIDES,\n{values}}}",
-        "execution_count": None,
-        "outputs": [],
-    }
-    notebook.cells.insert(tagged[0] + 1, as_node(injected))
+    cell = nbformat.v4.new_code_cell(  # type: ignore[no-untyped-call]
+        f"OVERRIDES = {{\n    **OVERRIDES,\n{values}}}", id=INJECTED, metadata={"tags": [INJECTED]}
+    )
+    notebook.cells.insert(tagged[0] + 1, cell)
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -112,70 +114,79 @@ def run_notebook(
         timeout: seconds a cell may take; None or a negative number: any time.
         kernel: ``python3`` is always the running interpreter; other names are Jupyter's.
     """
-    client = NotebookClient(
+    client = Client(
         notebook,
         timeout=timeout if timeout and timeout > 0 else None,
         kernel_name=kernel,
+        kernel_manager_class=Kernels,
         resources={"metadata": {"path": str(cwd)}},
         coalesce_streams=True,
+        store_widget_state=False,
     )
-    if kernel == "python3":
-        client.kernel_manager_class = ThisInterpreter
-    outcome = _run_cells(client)
-    print(outcome.message, file=sys.stderr if outcome.status else sys.stdout, flush=True)
-    flatten_widgets(notebook)
-    for path in save(notebook, results or outcome.run_dir or fallback, stem):
+    status, message, run_dir = _run_cells(client)
+    print(message, file=sys.stderr if status else sys.stdout, flush=True)
+    for cell in notebook.cells:  # a bar or a button is nothing without a kernel
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    folder = (results or run_dir or fallback).resolve()
+    page = partial(make_page, title=stem.replace("_", " "))
+    for suffix, make in ((".ipynb", notebook_text), (".html", page)):
+        path = folder / f"{stem}_executed{suffix}"
+        write_text(path, make(notebook))
         print(path)
-    return outcome.status
+    return status
 
 
-def _run_cells(client: NotebookClient) -> Outcome:
-    """Run the cells in order, up to the first that does not end well."""
-    progress = Progress(client.nb)
+def _run_cells(client: NotebookClient) -> tuple[int, str, Path | None]:
+    """Run the cells in order, up to the first that does not end well.
+
+    Returns the exit status, what to tell the user, and the run's own folder as far as it is known.
+    """
     cell: NotebookNode | None = None
     run_dir: Path | None = None
+    started = time.monotonic()
+    code = [(index, cell) for index, cell in enumerate(client.nb.cells) if cell.cell_type == "code"]
     try:
         with client.setup_kernel():
-            for index, cell in enumerate(client.nb.cells):
-                if cell.cell_type == "code":
-                    with progress.of(cell):
-                        found = _run_cell(client, cell, index)
-                    run_dir = found or run_dir
-    except CellFailed as failed:
-        run_dir = failed.run_dir or run_dir
-        status, message = 1, describe_failure(failed.error, cell)
+            for count, (index, cell) in enumerate(code, start=1):
+                with progress(cell, f"cell {count}/{len(code)}  "):
+                    failed = _run_cell(client, cell, index)
+                run_dir = ask_run_dir(client) or run_dir
+                if failed:
+                    raise failed
     except NoSuchKernel as error:
-        status, message = 1, f"error: Jupyter knows no kernel {error.name!r}; try --kernel python3"
-    except (CellTimeoutError, RuntimeError) as error:  # DeadKernelError is a RuntimeError
-        status, message = 1, describe_failure(error, cell)
+        return 1, f"error: Jupyter knows no kernel {error.name!r}; try --kernel python3", run_dir
+    except (CellExecutionError, CellTimeoutError, RuntimeError) as error:  # a dead kernel's too
+        return 1, describe_failure(error, cell), run_dir
     except KeyboardInterrupt:
-        status, message = INTERRUPTED, f"interrupted in cell {cell.id if cell else 'none'}"
-    else:
-        status, message = 0, f"ran {progress.done} of {progress.total} code cells in {progress}"
-    progress.close()
-    client.set_widgets_metadata()
-    return Outcome(status, message, run_dir)
+        return INTERRUPTED, f"interrupted in cell {cell.id if cell else 'none'}", run_dir
+    return 0, f"ran all {len(code)} code cells in {time.monotonic() - started:.1f} s", run_dir
 
 
-class CellFailed(Exception):
-    """A cell raised; `run_dir` is what the kernel, still alive, says of it."""
+@contextlib.contextmanager
+def progress(cell: NotebookNode, place: str) -> Iterator[None]:
+    """A line for the first cell of a section, and for every slow one."""
+    started = time.monotonic()
+    section, _, number = cell.id.rpartition("-")
+    if number == "01":
+        print(f"{place}{section}", flush=True)
+    yield
+    seconds = time.monotonic() - started
+    if seconds >= SLOW_CELL:
+        print(f"{place}{cell.id}: {seconds:.1f} s", flush=True)
 
-    def __init__(self, error: CellExecutionError, run_dir: Path | None) -> None:
-        super().__init__(str(error))
-        self.error, self.run_dir = error, run_dir
 
-
-def _run_cell(client: NotebookClient, cell: NotebookNode, index: int) -> Path | None:
-    """Run one cell, and return the run's folder as far as the kernel knows it by then."""
+def _run_cell(client: NotebookClient, cell: NotebookNode, index: int) -> CellExecutionError | None:
+    """Run one cell; the kernel of one that raises is still there to be asked."""
     try:
         client.execute_cell(cell, index)
     except CellExecutionError as error:
-        raise CellFailed(error, ask_run_dir(client)) from None
+        return error
     except (CellTimeoutError, KeyboardInterrupt):
         print(f"waiting up to {GRACE:.0f} s for the cell to end (Ctrl-C: kill it)", file=sys.stderr)
         run_sync(_interrupt)(client)
         raise
-    return ask_run_dir(client)
+    return None
 
 
 async def _interrupt(client: NotebookClient) -> None:
@@ -221,110 +232,20 @@ def ask_run_dir(client: NotebookClient) -> Path | None:
 
 
 def describe_failure(error: Exception, cell: NotebookNode | None) -> str:
-    """The cell that failed, its source, why it did, and what may help."""
+    """The cell that failed, why it did, and what may help."""
     if cell is None:
         return f"error: the kernel did not start: {error}"
-    hint = ""
-    if isinstance(error, CellExecutionError):
-        why = "\n".join(t for o in cell.outputs for t in o.get("traceback", []))
-        why = why or f"{error.ename}: {error.evalue}"
-        hint = MEMORY_HINT if "out of memory" in f"{error.ename} {error.evalue}".lower() else ""
-    elif isinstance(error, CellTimeoutError):
-        why, hint = "The cell did not end in time.", "Give it longer (--timeout), or less to do."
-    elif isinstance(error, DeadKernelError):
-        why, hint = "The kernel died while this cell ran.", MEMORY_HINT
-    else:
-        why = f"{type(error).__name__}: {error}"
-    if not sys.stderr.isatty():
-        why = strip_ansi(why)  # type: ignore[no-untyped-call]
     source = textwrap.indent(cell.source, "    ")
-    return f"error: cell {cell.id} failed\n\n{source}\n\n{why}\n{hint}".rstrip()
-
-
-class Progress:
-    """Shows which cell runs: a bar on a terminal, else a line a section and a slow cell."""
-
-    def __init__(self, notebook: NotebookNode) -> None:
-        self.total = sum(cell.cell_type == "code" for cell in notebook.cells)
-        self.done = 0
-        self.section = ""
-        self.started = time.monotonic()
-        self.bar = tqdm(total=self.total, unit="cell", file=sys.stdout, disable=None)
-
-    @contextlib.contextmanager
-    def of(self, cell: NotebookNode) -> Iterator[None]:
-        """Announce `cell`, and count it if it ends well."""
-        section = cell.id.rpartition("-")[0]
-        started = time.monotonic()
-        self.bar.set_description_str(cell.id)
-        if self.bar.disable and section != self.section:
-            print(f"cell {self.done + 1}/{self.total}  {section}", flush=True)
-        self.section = section
-        yield
-        self.done += 1
-        self.bar.update()
-        seconds = time.monotonic() - started
-        if self.bar.disable and seconds >= SLOW_CELL:
-            print(f"cell {self.done}/{self.total}  {cell.id}: {seconds:.1f} s", flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self.bar.close()
-
-    def __str__(self) -> str:
-        return f"{time.monotonic() - self.started:.1f} s"
-
-
-# --- what is kept -------------------------------------------------------------------------------
-
-
-def flatten_widgets(notebook: NotebookNode) -> None:
-    """Replace progress widgets, which need a live kernel, by the last line they showed."""
-    states = notebook.metadata.pop("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        kept = []
-        for output in cell.outputs:
-            view = output.get("data", {}).pop(WIDGET, None)
-            text = _widget_text(states, view["model_id"]) if view else None
-            if text:
-                output["data"] = as_node({"text/plain": text})
-            if text != "":
-                kept.append(output)
-        cell.outputs = kept
-
-
-def _widget_text(states: Mapping[str, Any], model_id: str) -> str | None:
-    """What a tqdm bar shows; "" where it is hidden, None where the widget is no such bar."""
-    state = states.get(model_id, {}).get("state", {})
-    children = [
-        states.get(_model(child), {}).get("state", {}) for child in state.get("children", [])
-    ]
-    if [child.get("_model_name") for child in children] != BAR:
-        return None
-    layout = states.get(_model(state.get("layout", "")), {}).get("state", {})
-    if layout.get("visibility") == "hidden":
-        return ""
-    left, bar, right = children
-    share = bar["value"] / bar["max"] if bar.get("max") else 0
-    blocks = "█" * round(20 * share)
-    words = (html.unescape(part.get("value", "")).replace("\u2007", " ") for part in (left, right))
-    before, after = (word.strip() for word in words)
-    return f"{before} |{blocks:<20}| {after}".strip()
-
-
-def _model(reference: str) -> str:
-    return reference.removeprefix("IPY_MODEL_")
-
-
-def save(notebook: NotebookNode, folder: Path, stem: str) -> list[Path]:
-    """Write ``<stem>_executed.ipynb``, then the same as a page with its images inside."""
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem}_executed{suffix}" for suffix in (".ipynb", ".html")]
-    write_atomically(paths[0], notebook_text(notebook).encode())
-    exporter = HTMLExporter(embed_images=True)  # type: ignore[no-untyped-call]
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": stem.replace("_", " ")}})
-    write_atomically(paths[1], page.encode())
-    return paths
+    if isinstance(error, CellExecutionError):  # the traceback shows the source
+        lines = [line for o in cell.outputs for line in o.get("traceback", [])]
+        why = "\n".join(lines) or f"{error.ename}: {error.evalue}"
+        why = why if sys.stderr.isatty() else strip_ansi(why)  # type: ignore[no-untyped-call]
+        no_memory = "out of memory" in f"{error.ename} {error.evalue}".lower()
+        why += f"\n{MEMORY_HINT}" if no_memory else ""
+    elif isinstance(error, CellTimeoutError):
+        why = f"{source}\n\nIt did not end in time: give it longer (--timeout), or less to do."
+    elif isinstance(error, DeadKernelError):
+        why = f"{source}\n\nThe kernel died while this cell ran. {MEMORY_HINT}"
+    else:
+        why = f"{source}\n\n{type(error).__name__}: {error}"
+    return f"error: cell {cell.id} failed\n\n{why}".rstrip()

@@ -1,223 +1,120 @@
-"""The one frozen configuration every other module is passed."""
+"""All settings of a run in one frozen object, which every function that needs it is passed."""
 
 # %% [markdown]
-# #### One frozen configuration
-#
 # Every choice of a run is a field of `EnhancedConfig`. It is *frozen*: nothing changes it once
-# training has begun, so what `summary.json` records is what really ran. Functions receive it as
-# an argument and never read it as a global, which is why each can be tested on its own.
+# training has begun, so what is recorded is what really ran. Functions get it as an argument and
+# never read it as a global, which is why each can be tried by itself. What is *neutral* cannot
+# change what is learnt: a run that was stopped may go on with another value of it.
 
 # %%
-import ast
-import dataclasses
-import difflib
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from emotion_toolbox.errors import ConfigError
+from emotion_toolbox.settings import check_values, make_settings, neutral, setting
 
-class ConfigError(ValueError):
-    """A setting that does not exist or cannot work; the message lists what would."""
-
-
-# %% [markdown]
-# The fields come in groups. The first two are the ones you will change most: *what to train on* and
-# *what to train*.
+DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
+MODELS = ("resnet50", "efficientnet_b0", "efficientnet_lite0")
+MONITORS = ("macro_f1", "accuracy", "loss")
+COMPARED = ("majority", "linear_probe", "from_scratch", "plain_finetune")
 
 
 # %%
 @dataclass(frozen=True)
-class TaskConfig:
-    """The settings that say what is learnt from what, and for how long."""
+class EnhancedConfig:
+    """All settings of one run."""
 
     # What to train on
-    DATASET: str = "auto"  # "auto", "files" (the CSVs under DATA_ROOT) or "sample"
-    DATA_ROOT: str = "data/processed/EmoSet_splits"
-    IMAGES_ROOT: str | None = None  # None: the same folder as DATA_ROOT
-    ALLOW_DUPLICATES: bool = False  # one identical image in two splits: error or warning
-    AUDIT: bool = True  # look for near duplicates and other oddities
-    NEAR_DUPLICATE_BITS: int = 4  # of 64; how far the hashes of look-alikes may differ
-    MAX_BAD_FRACTION: float = 0.01  # the run stops if more images than this are unusable
-    BALANCE: str = "weights"  # "weights", "sampler" or "none"
-
+    DATASET: str = neutral("auto", "your files in DATA_ROOT, or the sample", choices=DATASETS)
+    DATA_ROOT: str = neutral("data/processed/EmoSet_splits", "folder of the three CSV files")
+    IMAGES_ROOT: str | None = neutral(None, "where their paths start; None: at DATA_ROOT")
+    ALLOW_DUPLICATES: bool = neutral(False, "go on where splits share an image")
+    AUDIT: bool = neutral(True, "look for near duplicates and other oddities")
+    NEAR_DUPLICATE_BITS: int = neutral(4, "of 64 that look-alikes may differ in", low=0, high=32)
+    MAX_BAD_FRACTION: float = neutral(0.01, "share of unusable images to go on with", low=0, high=1)
+    BALANCE: str = setting("weights", "helps rare classes", choices=("weights", "sampler", "none"))
     # What to train, and for how long
-    MODEL_NAME: str = "resnet50"
-    WEIGHTS: str | None = "DEFAULT"  # a torchvision weights name, a local file, or None
-    IMG_SIZE: int = 224
-    BATCH_SIZE: int = 32
-    EPOCHS: int = 40
-    SEED: int = 42
-    RUN_NAME: str = "auto"  # "auto": data set, model and a hash of the settings
-    OUTPUT_ROOT: str = "outputs"
-    INIT_FROM: str | None = None  # a checkpoint or export to start a new run from
-
-
-# %% [markdown]
-# The other groups say *how* it is learnt. Their defaults are those of the recipe that this notebook
-# explains; each is met again in its section.
-
-
-# %%
-@dataclass(frozen=True)
-class EnhancedConfig(TaskConfig):
-    """All settings of one run; immutable, validated, and round-trips through JSON."""
-
+    MODEL_NAME: str = setting("resnet50", "the pretrained network", choices=MODELS)
+    WEIGHTS: str | None = setting("DEFAULT", "a torchvision name, a file, or None: random numbers")
+    IMG_SIZE: int = setting(224, "side of what the network sees, in pixels", low=32, high=1024)
+    BATCH_SIZE: int = setting(32, "images in a training step", low=2, high=65536)
+    EPOCHS: int = setting(40, "passes over the training images", low=1, high=10000)
+    SEED: int = setting(42, "all that is random follows from it", low=0, high=2**32 - 1)
+    RUN_NAME: str = neutral("auto", "folder; auto: data, network and a hash", plain_name=True)
+    OUTPUT_ROOT: str = neutral("outputs", "where the folders of runs are")
+    INIT_FROM: str | None = setting(None, "export or best-*.pt of a run, to begin with its weights")
     # Optimisation
-    LR_BACKBONE: float = 3e-5
-    LR_HEAD: float = 3e-3
-    MIN_LR: float = 1e-6  # where every cycle of the learning rates ends
-    WEIGHT_DECAY: float = 1e-4
-    WARMUP_EPOCHS: int = 3  # epochs in which the head trains alone
-    THAW_EPOCHS: tuple[int, int] | None = None  # None: (WARMUP_EPOCHS, a quarter of EPOCHS)
-    GRAD_CLIP: float = 1.0  # largest norm of the gradients
-    ACCUMULATE: int = 1  # split a batch into this many smaller steps
-    PATIENCE: int = 8  # epochs without a better MONITOR, counted once everything trains
-    MONITOR: str = "macro_f1"  # or "accuracy", "loss"; chooses the best epoch
-
+    LR_BACKBONE: float = setting(3e-5, "learning rate of the pretrained layers", low=0, high=10)
+    LR_HEAD: float = setting(3e-3, "learning rate of the new head", low=1e-12, high=10)
+    MIN_LR: float = setting(1e-6, "where each cycle of the learning rates ends", low=0, high=1)
+    WEIGHT_DECAY: float = setting(1e-4, "how strongly weights are drawn to zero", low=0, high=10)
+    WARMUP_EPOCHS: int = setting(3, "epochs in which the head trains alone", low=0, high=10000)
+    THAW_EPOCHS: tuple[int, int] | None = setting(None, "last stages, then all", low=0, high=10000)
+    GRAD_CLIP: float = setting(1.0, "largest norm of the gradients", low=1e-6, high=10**6)
+    ACCUMULATE: int = setting(1, "parts of a batch, in turn; saves memory", low=1, high=1024)
+    PATIENCE: int = setting(8, "epochs without a better one before it stops", low=1, high=10000)
+    MONITOR: str = setting("macro_f1", "what chooses the best epoch", choices=MONITORS)
     # Regularisation
-    DROPOUT: float = 0.4
-    LABEL_SMOOTHING: float = 0.1
-    MIXUP_ALPHA: float = 0.2
-    CUTMIX_ALPHA: float = 1.0
-    MIX_PROB: float = 0.5  # share of the images that are mixed at all
-    MIX_OFF_EPOCHS: int = 3  # no mixing in the last epochs
-    EMA_DECAY: float = 0.999  # 0: no weight averaging
-    BACKBONE_BATCHNORM: str = "frozen"  # or "train"
-    HEAD: str = "progressive"  # or "linear"
-
+    DROPOUT: float = setting(0.4, "share of the head's inputs set to zero", low=0, high=0.95)
+    LABEL_SMOOTHING: float = setting(0.1, "share of a target spread over all", low=0, high=0.9)
+    MIXUP_ALPHA: float = setting(0.2, "how evenly MixUp blends; 0: never", low=0, high=100)
+    CUTMIX_ALPHA: float = setting(1.0, "how evenly CutMix cuts; 0: never", low=0, high=100)
+    MIX_PROB: float = setting(0.5, "share of images that are mixed", low=0, high=1)
+    MIX_OFF_EPOCHS: int = setting(3, "last epochs, without mixing", low=0, high=10000)
+    EMA_DECAY: float = setting(0.999, "of the weights' average; 0: none", low=0, high=0.999999)
+    BACKBONE_BATCHNORM: str = setting("frozen", "running statistics", choices=("frozen", "train"))
+    HEAD: str = setting("progressive", "layers on the backbone", choices=("progressive", "linear"))
     # Augmentation
-    CROP_SCALE: tuple[float, float] = (0.6, 1.0)  # share of the area a crop keeps
-    FLIP_PROB: float = 0.5
-    ROTATION: float = 10.0  # degrees, drawn from -ROTATION to ROTATION
-    BRIGHTNESS: float = 0.2
-    CONTRAST: float = 0.2
-    SATURATION: float = 0.2
-    HUE: float = 0.02  # share of the colour circle
-    BLUR_PROB: float = 0.1
-    ERASE_PROB: float = 0.25
-
+    CROP_SCALE: tuple[float, float] = setting((0.6, 1.0), "least, most area kept", low=0.01, high=1)
+    FLIP_PROB: float = setting(0.5, "share of images that are mirrored", low=0, high=1)
+    ROTATION: float = setting(10.0, "most degrees to either side", low=0, high=180)
+    BRIGHTNESS: float = setting(0.2, "largest change, as a share", low=0, high=1)
+    CONTRAST: float = setting(0.2, "largest change, as a share", low=0, high=1)
+    SATURATION: float = setting(0.2, "largest change, as a share", low=0, high=1)
+    HUE: float = setting(0.02, "largest turn of the colour circle", low=0, high=0.5)
+    BLUR_PROB: float = setting(0.1, "share of images that are blurred", low=0, high=1)
+    ERASE_PROB: float = setting(0.25, "share of images that lose a rectangle", low=0, high=1)
     # Speed
-    DEVICE: str = "auto"  # or "cuda", "cuda:1", "mps", "cpu"
-    AMP: str = "auto"  # "auto", "bf16", "fp16" or "off"
-    COMPILE: bool = False  # torch.compile: slow to start, faster on a GPU
-    DETERMINISTIC: bool = False
-    CACHE: bool = True
-    CACHE_DIR: str = "cache"
-    CACHE_SIZE: int | None = None  # None: 8/7 of IMG_SIZE
-    NUM_WORKERS: int | None = None  # decoding threads; None: one a core
-    LOG_EVERY: int = 20  # optimisation steps between two readings of the device
-
+    DEVICE: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
+    AMP: str = setting("auto", "precision of arithmetic", choices=("auto", "bf16", "fp16", "off"))
+    COMPILE: bool = setting(False, "torch.compile: slow to start, faster on a GPU")
+    DETERMINISTIC: bool = setting(False, "the same bits again on a GPU, more slowly")
+    CACHE: bool = neutral(True, "decode each image only once, into a file")
+    CACHE_DIR: str = neutral("cache", "where the decoded images are")
+    CACHE_SIZE: int | None = setting(None, "side in pixels; None: 8/7 IMG_SIZE", low=32, high=2048)
+    NUM_WORKERS: int | None = neutral(None, "threads to decode; None: one a core", low=0, high=1024)
+    LOG_EVERY: int = neutral(20, "steps between two readings of the device", low=1, high=100_000)
     # Never lose a run
-    CHECKPOINT_EVERY: float = 600.0  # seconds between checkpoints inside an epoch
-    CHECKPOINT_STEPS: int | None = None  # steps between them, if that comes sooner
-    CHECKPOINT_KEEP: int = 2
-    ON_SAVE_ERROR: str = "stop"  # or "continue": train on without the checkpoint
-    MAX_BAD_STEPS: int = 10  # non-finite steps in a row before the run stops
-
+    CHECKPOINT_EVERY: float = neutral(600.0, "seconds between two checkpoints", low=0, high=10**9)
+    CHECKPOINT_STEPS: int | None = neutral(None, "steps between two, if sooner", low=1, high=10**9)
+    CHECKPOINT_KEEP: int = neutral(2, "how many of them are kept", low=1, high=1000)
+    ON_SAVE_ERROR: str = neutral("stop", "where a disk is full", choices=("stop", "continue"))
+    MAX_BAD_STEPS: int = neutral(10, "steps not finite, in a row, that end it", low=1, high=100_000)
     # Evaluation
-    BASELINES: tuple[str, ...] = ("majority", "linear_probe", "plain_finetune")
-    BOOTSTRAP: int = 2000
-    DEBUG: bool = False  # two batches of everything, with anomaly detection
+    BASELINES: tuple[str, ...] = neutral(COMPARED, "what ours is compared with", choices=COMPARED)
+    BOOTSTRAP: int = neutral(2000, "resamples behind each interval", low=100, high=10**6)
+    DEBUG: bool = setting(False, "two batches of everything, with anomaly detection")
 
     def __post_init__(self) -> None:
-        validate_config(self)
+        check_config(self)
 
 
 # %% [markdown]
-# A wrong value must stop the run *before* it costs a night. The rules are data, not code: which
-# values a field may take, or which range it must lie in. Anything else is refused with the list
-# of what is allowed.
-
-# %%
-MODELS = ("resnet50", "efficientnet_b0", "efficientnet_lite0")
-BASELINE_NAMES = ("majority", "linear_probe", "plain_finetune")
-MONITORS = ("macro_f1", "accuracy", "loss")
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "DATASET": ("auto", "files", "sample"),
-    "BALANCE": ("weights", "sampler", "none"),
-    "MODEL_NAME": MODELS,
-    "MONITOR": MONITORS,
-    "BACKBONE_BATCHNORM": ("frozen", "train"),
-    "HEAD": ("progressive", "linear"),
-    "AMP": ("auto", "bf16", "fp16", "off"),
-    "ON_SAVE_ERROR": ("stop", "continue"),
-}
-
-# field -> (lowest, highest), both allowed
-RANGES: dict[str, tuple[float, float]] = {
-    "MAX_BAD_FRACTION": (0, 1),
-    "NEAR_DUPLICATE_BITS": (0, 32),
-    "IMG_SIZE": (32, 1024),
-    "BATCH_SIZE": (2, 65536),
-    "EPOCHS": (1, 10000),
-    "SEED": (0, 2**32 - 1),
-    "LR_BACKBONE": (0, 10),
-    "LR_HEAD": (1e-12, 10),
-    "MIN_LR": (0, 1),
-    "WEIGHT_DECAY": (0, 10),
-    "WARMUP_EPOCHS": (0, 10000),
-    "GRAD_CLIP": (1e-6, 1e6),
-    "ACCUMULATE": (1, 1024),
-    "PATIENCE": (1, 10000),
-    "DROPOUT": (0, 0.95),
-    "LABEL_SMOOTHING": (0, 0.9),
-    "MIXUP_ALPHA": (0, 100),
-    "CUTMIX_ALPHA": (0, 100),
-    "MIX_PROB": (0, 1),
-    "MIX_OFF_EPOCHS": (0, 10000),
-    "EMA_DECAY": (0, 0.999999),
-    "FLIP_PROB": (0, 1),
-    "ROTATION": (0, 180),
-    "BRIGHTNESS": (0, 1),
-    "CONTRAST": (0, 1),
-    "SATURATION": (0, 1),
-    "HUE": (0, 0.5),
-    "BLUR_PROB": (0, 1),
-    "ERASE_PROB": (0, 1),
-    "CACHE_SIZE": (32, 2048),
-    "NUM_WORKERS": (0, 1024),
-    "LOG_EVERY": (1, 100000),
-    "CHECKPOINT_EVERY": (0, 1e9),
-    "CHECKPOINT_STEPS": (1, 1_000_000_000),
-    "CHECKPOINT_KEEP": (1, 1000),
-    "MAX_BAD_STEPS": (1, 100000),
-    "BOOTSTRAP": (100, 1_000_000),
-}
-
-
-# %% [markdown]
-# `validate_config` applies these rules and a few that tie two settings together: the parts of an
-# accumulated batch must be equal, the stages must thaw in order, and the cache must hold images a
-# little larger than the network sees.
+# A wrong value must stop a run before it costs a night. `check_values` looks at each field by
+# itself (`check_values??` shows how); two settings are tied to others.
 
 
 # %%
-def validate_config(cfg: EnhancedConfig) -> None:
-    """Raise ``ConfigError`` naming every impossible field of `cfg` and what is allowed."""
-    problems = [
-        problem for f in dataclasses.fields(cfg) if (problem := _field_problem(cfg, f.name))
-    ]
-    if problems:
-        raise ConfigError("impossible settings:\n  " + "\n  ".join(problems))
+def check_config(cfg: EnhancedConfig) -> None:
+    """Raise ``ConfigError`` naming what is impossible in `cfg` and what is allowed."""
+    check_values(cfg)
     if cfg.BATCH_SIZE % cfg.ACCUMULATE or cfg.BATCH_SIZE // cfg.ACCUMULATE < 2:
         raise ConfigError(
             f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal parts "
             "of at least 2 images (the head's BatchNorm needs two)"
         )
-    if cfg.THAW_EPOCHS is not None and not 0 <= cfg.THAW_EPOCHS[0] <= cfg.THAW_EPOCHS[1]:
-        raise ConfigError(
-            f"THAW_EPOCHS={cfg.THAW_EPOCHS}: give the epoch at which the last stages thaw, then "
-            "the one at which everything does, e.g. (3, 10)"
-        )
-    if not 0 < cfg.CROP_SCALE[0] <= cfg.CROP_SCALE[1] <= 1:
-        raise ConfigError(
-            f"CROP_SCALE={cfg.CROP_SCALE}: give (low, high) with 0 < low <= high <= 1"
-        )
-    if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:  # evaluation cuts out IMG_SIZE
+    if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
         raise ConfigError(
             f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={cfg.IMG_SIZE} and 1.3 times "
             f"that; None gives {default_cache_size(cfg.IMG_SIZE)}"
@@ -225,107 +122,8 @@ def validate_config(cfg: EnhancedConfig) -> None:
 
 
 # %% [markdown]
-# One field at a time: is it of the right type, one of the choices, within its range?
-
-
-# %%
-def _field_problem(cfg: EnhancedConfig, name: str) -> str | None:
-    value = getattr(cfg, name)
-    expected = EnhancedConfig.__dataclass_fields__[name].type
-    if not _has_type(value, expected):
-        return f"{name}={value!r} should be {_type_name(expected)}"
-    if name == "BASELINES":
-        unknown = [b for b in value if b not in BASELINE_NAMES]
-        return f"BASELINES={value!r}: choose from {', '.join(BASELINE_NAMES)}" if unknown else None
-    if isinstance(value, str) and (not value.strip() or "\0" in value):
-        return f"{name}={value!r} must be {_type_name(expected)} and not blank"
-    if name == "RUN_NAME" and (value in (".", "..") or set(value) & set("/\\:")):
-        return f"RUN_NAME={value!r} must be a plain folder name"
-    if name in CHOICES and value not in CHOICES[name]:
-        return f"{name}={value!r}: choose from {', '.join(CHOICES[name])}"
-    if name in RANGES and value is not None:
-        low, high = RANGES[name]
-        if not low <= value <= high:  # also refuses NaN
-            return f"{name}={value!r} must lie between {low:g} and {high:g}"
-    return None
-
-
-# %% [markdown]
-# The types are read from the annotations of the class, so they are written down once.
-
-
-# %%
-def _has_type(value: Any, expected: Any) -> bool:
-    """Whether `value` fits the annotation of a config field."""
-    options: tuple[Any, ...] = getattr(expected, "__args__", ())
-    if getattr(expected, "__origin__", None) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if options[-1] is Ellipsis:
-            return all(_has_type(v, options[0]) for v in value)
-        return len(value) == len(options) and all(map(_has_type, value, options))
-    if options:  # a union such as int | None
-        return any(_has_type(value, option) for option in options)
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _type_name(expected: Any) -> str:
-    """The annotation of a config field in words."""
-    options: tuple[Any, ...] = getattr(expected, "__args__", ())
-    if getattr(expected, "__origin__", None) is tuple:
-        if options[-1] is Ellipsis:
-            return f"a list of {_type_name(options[0]).removeprefix('a ')}s"
-        return f"a list of {len(options)}, each {_type_name(options[0])}"
-    if options:
-        return " or ".join(map(_type_name, options))
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
-    return names.get(expected, "None")
-
-
-# %% [markdown]
-# `make_config` is the only way a configuration is made: the defaults, then a profile (the built-in
-# sample uses a quick one), then what you asked for. What you give explicitly always wins, and a
-# misspelt name is answered with the nearest right ones.
-
-
-# %%
-def make_config(
-    overrides: Mapping[str, Any] | None = None, profile: Mapping[str, Any] | None = None
-) -> EnhancedConfig:
-    """Build a config from the defaults, then `profile`, then `overrides`.
-
-    Raises:
-        ConfigError: for an unknown name or an impossible value.
-    """
-    names = [f.name for f in dataclasses.fields(EnhancedConfig)]
-    values: dict[str, Any] = {}
-    for name, value in {**(profile or {}), **(overrides or {})}.items():
-        if name not in names:
-            close = difflib.get_close_matches(str(name).upper(), names, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ConfigError(f"no setting is called {name!r}; {hint}Settings: {', '.join(names)}")
-        values[name] = _normalised(value, EnhancedConfig.__dataclass_fields__[name].type)
-    if "DATA_ROOT" in values and "DATASET" not in values:
-        values["DATASET"] = "files"  # even where it is the default: a folder asked for is used
-    return EnhancedConfig(**values)
-
-
-def _normalised(value: Any, expected: Any) -> Any:
-    """Lists as tuples, and 10 as 10.0 where a float is due, so that equal settings hash equally."""
-    if isinstance(value, list | tuple):
-        kind = getattr(expected, "__args__", (None,))[0]
-        return tuple(_normalised(v, kind) for v in value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if expected is float and whole and abs(value) < 2**53 else value
-
-
-# %% [markdown]
-# Some values follow from others. They are functions of the configuration, so there is one place
-# where each is decided.
+# Some values follow from others: the side of the images that are kept, a little larger than the
+# network sees, and the epochs at which frozen layers begin to train.
 
 
 # %%
@@ -348,86 +146,18 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 
 
 # %% [markdown]
-# Settings come in two kinds: those that shape what is learnt, and those that only say where files
-# are, how often something is reported, or what is too bad to go on with. The first kind gives a run
-# its identity, a hash. Where the data lie is of the second kind: what they are is compared image by
-# image, so a data set may be moved in the middle of a run.
-
+# `make_config` takes the defaults, then a profile (the sample has a quick one), then what you ask
+# for, which always wins. A misspelt name is answered with the nearest right ones.
 
 # %%
-# Fields that cannot change what is learnt, so a run may be resumed with other values.
-NEUTRAL_FIELDS = frozenset(
-    {
-        "DATASET", "DATA_ROOT", "IMAGES_ROOT", "ALLOW_DUPLICATES", "MAX_BAD_FRACTION",
-        "AUDIT", "NEAR_DUPLICATE_BITS", "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR",
-        "NUM_WORKERS", "LOG_EVERY", "BASELINES", "BOOTSTRAP", "CHECKPOINT_EVERY",
-        "CHECKPOINT_STEPS", "CHECKPOINT_KEEP", "ON_SAVE_ERROR", "MAX_BAD_STEPS",
-    }
-)  # fmt: skip
+QUICK_PROFILE: Mapping[str, Any] = {
+    **{"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96, "LR_BACKBONE": 3e-4}
+}
 
 
-def config_to_json(cfg: EnhancedConfig) -> str:
-    """The configuration as indented JSON with one field a line."""
-    return json.dumps(dataclasses.asdict(cfg), indent=2)
-
-
-def config_from_json(text: str) -> EnhancedConfig:
-    """The inverse of ``config_to_json``; raises ``ConfigError`` where a name or value is off."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the settings are not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError('the settings are not a JSON object {"NAME": value, ...}')
-    return make_config(values)
-
-
-def config_hash(cfg: EnhancedConfig) -> str:
-    """Eight hex digits that change whenever a setting that shapes the result does."""
-    shaping = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NEUTRAL_FIELDS}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-
-
-# %% [markdown]
-# Relative paths start at the project's folder, whether Jupyter runs in it or in `notebooks/`. A
-# notebook opened alone, in Colab or from a mail, uses the folder it runs in.
-
-
-# %%
-def project_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` (default: here) with this project, else `start`."""
-    here = (start or Path.cwd()).resolve()
-    marker = "create_enhanced_notebook.py"
-    return next((folder for folder in (here, *here.parents) if (folder / marker).is_file()), here)
-
-
-def resolve_path(path: str) -> Path:
-    """`path` with ``~`` expanded; a relative one starts at ``project_root()``.
-
-    Raises:
-        ConfigError: for the home of a user that there is not.
-    """
-    try:
-        return project_root() / Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{path!r}: {error}; give the whole path") from error
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Split ``NAME=VALUE``; the value is read as Python or JSON where the setting is not text.
-
-    Raises:
-        ConfigError: if there is no ``=``.
-    """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals:
-        raise ConfigError(f"{text!r} is not NAME=VALUE, such as EPOCHS=10")
-    literal = {"true": "True", "false": "False", "null": "None"}.get(value, value)
-    try:
-        parsed = ast.literal_eval(literal)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return name, value  # plain text, or refused by ``make_config`` with what is allowed
-    field = EnhancedConfig.__dataclass_fields__.get(name)
-    textual = field is not None and _has_type("", field.type)
-    # RUN_NAME=2026 is a name, not a number
-    return name, parsed if not textual or parsed is None or isinstance(parsed, str) else value
+def make_config(overrides: Any = None, profile: Mapping[str, Any] | None = None) -> EnhancedConfig:
+    """The settings of a run; raises ``ConfigError`` for an unknown name or impossible value."""
+    base = dict(profile or {})
+    if isinstance(overrides, Mapping) and "DATA_ROOT" in overrides:
+        base["DATASET"] = "files"  # a folder asked for is used, even where it is the default
+    return make_settings(EnhancedConfig, overrides, base)

@@ -1,5 +1,14 @@
 """The learning rate as a pure function of the position in training."""
 
+# %% [markdown]
+# The learning rate rises linearly over the first epoch (`WARMUP_EPOCHS` is something else: how long
+# the head trains alone), then falls along half a cosine
+# ([Loshchilov and Hutter 2017](https://arxiv.org/abs/1608.03983)). Every thaw starts a new cosine
+# at full height, because newly thawed layers have learning to do, and the last one reaches `MIN_LR`
+# exactly when training ends. It is a function of the position and of nothing else: there is no
+# scheduler object whose state could be lost, rebuilt wrongly or stepped twice.
+
+# %%
 import math
 
 import pandas as pd
@@ -7,18 +16,7 @@ import torch
 
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
-# %% [markdown]
-# #### Warm-up, then cosine annealing with warm restarts
-#
-# The learning rate rises linearly over the first epoch (`WARMUP_EPOCHS` is something else: how long
-# the head trains alone), then falls along half a cosine
-# (Loshchilov and Hutter, 2017). Every thaw starts a new cosine at full height, because newly
-# thawed layers have learning to do, and the last one reaches `MIN_LR` exactly when training ends.
-# It is a function of the position and of nothing else: there is no scheduler object whose state
-# could be lost, rebuilt wrongly or stepped twice.
 
-
-# %%
 def cycle_bounds(cfg: EnhancedConfig) -> list[tuple[int, int]]:
     """First and last-plus-one epoch of every cosine cycle."""
     starts = sorted({0, *(t for t in thaw_epochs(cfg) if t < cfg.EPOCHS)})
@@ -29,8 +27,7 @@ def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps
     """The rate for optimisation step `step` (from 0) of `steps` in `epoch` (from 0)."""
     start, end = next((a, b) for a, b in cycle_bounds(cfg) if a <= epoch < b)
     warm_up = min(1.0, (epoch * steps + step + 1) / steps)
-    last = max(1, (end - start) * steps - 1)
-    progress = ((epoch - start) * steps + step) / last
+    progress = ((epoch - start) * steps + step) / max(1, (end - start) * steps - 1)
     floor = min(cfg.MIN_LR, base)
     cosine = floor + (base - floor) * (1 + math.cos(math.pi * progress)) / 2
     return cosine * warm_up
@@ -51,14 +48,18 @@ def set_learning_rates(
 
 
 def schedule_table(cfg: EnhancedConfig, steps: int) -> pd.DataFrame:
-    """The whole schedule: columns epoch (fractional, from 0), lr_head and lr_backbone."""
-    rows = [
-        {
-            "epoch": epoch + step / steps,
-            "lr_head": learning_rate(cfg, cfg.LR_HEAD, epoch, step, steps),
-            "lr_backbone": learning_rate(cfg, cfg.LR_BACKBONE, epoch, step, steps),
-        }
-        for epoch in range(cfg.EPOCHS)
-        for step in range(0, steps, max(1, steps // 20))
-    ]
-    return pd.DataFrame(rows)
+    """Columns epoch (fractional, from 0), lr_head and lr_backbone (NaN while that is frozen)."""
+    rows = []
+    for epoch in range(cfg.EPOCHS):
+        backbone = cfg.LR_BACKBONE if epoch >= thaw_epochs(cfg)[0] else math.nan
+        for step in range(0, steps, max(1, steps // 20)):
+            rates = [learning_rate(cfg, b, epoch, step, steps) for b in (cfg.LR_HEAD, backbone)]
+            rows.append((epoch + step / steps, *rates))
+    return pd.DataFrame(rows, columns=["epoch", "lr_head", "lr_backbone"])
+
+
+def highest_rates(cfg: EnhancedConfig, epoch: int, steps: int) -> dict[str, float]:
+    """The highest ``lr_head`` and ``lr_backbone`` of `epoch` in ``schedule_table``."""
+    table = schedule_table(cfg, steps)
+    now = table[table["epoch"].astype(int) == epoch].drop(columns="epoch")
+    return now.max().to_dict()

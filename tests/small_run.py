@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from emotion_transfer import config, model
-from emotion_transfer.cache import check_images
+from emotion_toolbox import backbones
+from emotion_toolbox.batches import EmotionDataset
+from emotion_toolbox.sample import load_data
+from emotion_toolbox.tables import Split
 from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.data import Split, load_data
-from emotion_transfer.loader import EmotionDataset, make_datasets
+from emotion_transfer.run import open_data
 
 torch.set_num_threads(1)  # for so little work, threads cost more than they bring
 
@@ -41,7 +42,7 @@ class SmallNetwork(nn.Module):
         return self.classifier(self.drop(x.mean((2, 3))))
 
 
-SMALL_SPEC = model.BackboneSpec(
+SMALL_SPEC = backbones.BackboneSpec(
     FEATURES,
     (0.5, 0.4, 0.6),
     (0.2, 0.3, 0.25),
@@ -52,11 +53,13 @@ SMALL_SPEC = model.BackboneSpec(
 
 def install_small_network(patch: pytest.MonkeyPatch) -> None:
     """Make "small" one of the models, until `patch` is undone; its weights are random."""
-    original = model.make_imagenet_model
-    patch.setitem(config.CHOICES, "MODEL_NAME", (*config.MODELS, "small"))
-    patch.setitem(model.BACKBONES, "small", SMALL_SPEC)
+    original = backbones.make_imagenet_model
+    field = EnhancedConfig.__dataclass_fields__["MODEL_NAME"]
+    choices = (*field.metadata["choices"], "small")
+    patch.setattr(field, "metadata", {**field.metadata, "choices": choices})
+    patch.setitem(backbones.BACKBONES, "small", SMALL_SPEC)
     patch.setattr(
-        model,
+        backbones,
         "make_imagenet_model",
         lambda name: SmallNetwork() if name == "small" else original(name),
     )
@@ -84,7 +87,7 @@ def draw_pixels(seed: int, label: int, size: int) -> np.ndarray:
 
 def file_datasets(cfg: EnhancedConfig) -> dict[str, EmotionDataset]:
     """The datasets of `cfg` as a run makes them, from files."""
-    return make_datasets(cfg, check_images(cfg, load_data(cfg)))
+    return open_data(cfg, load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT))[1]
 
 
 class ArrayPixels:

@@ -11,6 +11,17 @@ import torchvision.transforms.v2.functional as TF
 from scipy import stats
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop
 
+from emotion_toolbox.draws import draw_uniforms
+from emotion_toolbox.pixels import (
+    blur_images,
+    blur_some,
+    chunks,
+    colour_factors,
+    denormalise,
+    jitter_colours,
+    prepare_images,
+    shift_hue,
+)
 from emotion_transfer.augment import (
     AUGMENT_DRAWS,
     BLUR_SIGMA,
@@ -18,16 +29,10 @@ from emotion_transfer.augment import (
     ERASE_RATIO,
     Augmentation,
     apply_augmentation,
-    blur_images,
-    denormalise,
     draw_augmentation,
-    jitter_colours,
-    prepare_images,
     resample_images,
-    shift_hue,
 )
 from emotion_transfer.config import make_config
-from emotion_transfer.seeding import draw_uniforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFF = {
@@ -70,15 +75,10 @@ def noise_images(count, side, seed=0):
 
 def neutral(count, theta=None):
     """An augmentation that leaves `count` images as they are."""
-    ones = torch.ones(count)
     return Augmentation(
         theta=torch.eye(2, 3).repeat(count, 1, 1) if theta is None else theta,
-        brightness=ones,
-        contrast=ones,
-        saturation=ones,
-        hue=torch.zeros(count),
-        blur_rows=torch.zeros(0, dtype=torch.int64),
-        blur_sigma=torch.zeros(0),
+        colour=torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(count, 1),
+        blur=torch.zeros(count),
         erase=torch.zeros(count, 4, dtype=torch.int64),
     )
 
@@ -87,8 +87,13 @@ def draw(cfg, count, epoch=0, first=0):
     return draw_augmentation(cfg, draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS))
 
 
-def to(augmentation_or_tensors, device):
-    return [t.to(device) for t in augmentation_or_tensors]
+COLOURS = ("brightness", "contrast", "saturation", "hue")
+
+
+def parts_of(plan):
+    """What a plan says, by name; each column of the colours has its own."""
+    colours = dict(zip(COLOURS, plan.colour.unbind(1), strict=True))
+    return {"theta": plan.theta, **colours, "blur": plan.blur, "erase": plan.erase}
 
 
 # --- drawing
@@ -97,20 +102,16 @@ def to(augmentation_or_tensors, device):
 def test_drawing_is_a_function_of_the_position():
     cfg = make_config(ALL_ON)
     whole, part = draw(cfg, 60), draw(cfg, 20, first=30)
-    for name in ("theta", "brightness", "contrast", "saturation", "hue", "erase"):
+    for name in ("theta", "colour", "blur", "erase"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[30:50]), name
-    inside = (whole.blur_rows >= 30) & (whole.blur_rows < 50)
-    assert torch.equal(part.blur_rows, whole.blur_rows[inside] - 30)
-    assert torch.equal(part.blur_sigma, whole.blur_sigma[inside])
 
 
 def test_dtypes_and_shapes():
     plan = draw(make_config(ALL_ON), 9)
-    assert plan.theta.shape == (9, 2, 3) and plan.erase.shape == (9, 4)
-    assert {f.name for f in dataclasses.fields(plan)} == set(Augmentation.__annotations__)
-    for name in ("theta", "brightness", "contrast", "saturation", "hue", "blur_sigma"):
-        assert getattr(plan, name).dtype == torch.float32, name
-    assert plan.erase.dtype == plan.blur_rows.dtype == torch.int64
+    shapes = {"theta": (9, 2, 3), "colour": (9, 4), "blur": (9,), "erase": (9, 4)}
+    assert {f.name: getattr(plan, f.name).shape for f in dataclasses.fields(plan)} == shapes
+    assert plan.theta.dtype == plan.colour.dtype == plan.blur.dtype == torch.float32
+    assert plan.erase.dtype == torch.int64
 
 
 @pytest.mark.parametrize("shape", [(3, AUGMENT_DRAWS - 1), (AUGMENT_DRAWS,)])
@@ -130,20 +131,15 @@ def test_everything_off_is_exactly_nothing():
     [
         ("CROP_SCALE", {"theta"}), ("FLIP_PROB", {"theta"}), ("ROTATION", {"theta"}),
         ("BRIGHTNESS", {"brightness"}), ("CONTRAST", {"contrast"}), ("SATURATION", {"saturation"}),
-        ("HUE", {"hue"}), ("BLUR_PROB", {"blur_rows", "blur_sigma"}), ("ERASE_PROB", {"erase"}),
+        ("HUE", {"hue"}), ("BLUR_PROB", {"blur"}), ("ERASE_PROB", {"erase"}),
     ],
 )  # fmt: skip
 def test_each_setting_moves_its_own_part_alone(setting, parts):
     with_it, without = (
-        draw(make_config(ALL_ON), 50),
-        draw(make_config({**ALL_ON, setting: OFF[setting]}), 50),
+        parts_of(draw(make_config({**ALL_ON, **change}), 50))
+        for change in ({}, {setting: OFF[setting]})
     )
-    changed = {
-        f.name
-        for f in dataclasses.fields(with_it)
-        if not torch.equal(getattr(with_it, f.name), getattr(without, f.name))
-    }
-    assert changed == parts
+    assert {name for name in with_it if not torch.equal(with_it[name], without[name])} == parts
 
 
 def crop_of(plan):
@@ -187,13 +183,14 @@ def test_flips_angles_factors_and_sigmas_follow_their_settings():
     flipped = np.linalg.det(theta[:, :, :2]) < 0
     assert stats.binomtest(int(flipped.sum()), n, 0.3).pvalue > 1e-3
     angle = np.rad2deg(np.arctan2(theta[:, 1, 0], theta[:, 1, 1]))
+    blurred, colour = plan.blur[plan.blur > 0], plan.colour.unbind(1)
     uniform = [
-        (angle, -20, 20), (plan.brightness, 0.5, 1.5), (plan.contrast, 0.5, 1.5),
-        (plan.saturation, 0.2, 1.8), (plan.hue, -0.3, 0.3), (plan.blur_sigma, *BLUR_SIGMA),
+        (angle, -20, 20), (colour[0], 0.5, 1.5), (colour[1], 0.5, 1.5), (colour[2], 0.2, 1.8),
+        (colour[3], -0.3, 0.3), (blurred, *BLUR_SIGMA),
     ]  # fmt: skip
     for values, low, high in uniform:
         assert stats.kstest(np.asarray(values), "uniform", (low, high - low)).pvalue > 1e-3
-    assert stats.binomtest(len(plan.blur_rows), n, 0.2).pvalue > 1e-3
+    assert stats.binomtest(len(blurred), n, 0.2).pvalue > 1e-3
 
 
 def test_erased_boxes_are_distributed_as_torchvisions():
@@ -291,7 +288,7 @@ def random_factors(count, device, seed=0):
     factors = [torch.rand(count, generator=generator) * 2 for _ in range(3)]
     hue = torch.rand(count, generator=generator) - 0.5
     hue[-2:] = torch.tensor([-0.5, 0.5])
-    return to([*factors, hue], device)
+    return [values.to(device) for values in (*factors, hue)]
 
 
 ADJUSTMENTS = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
@@ -337,6 +334,14 @@ def test_neutral_factors_change_nothing():
     assert torch.equal(jitter_colours(images, one, one, one, None), images)
     torch.testing.assert_close(shift_hue(images, zero), images, rtol=0, atol=1e-6)
     torch.testing.assert_close(shift_hue(images, one), images, rtol=0, atol=2e-6)
+
+
+def test_a_colour_that_changes_no_image_is_left_out(device):
+    colour = torch.tensor([[1.0, 0.5, 1.0, 0.0], [1.0, 1.0, 1.0, 0.1]])
+    brightness, contrast, saturation, hue = colour_factors(colour, device)
+    assert brightness is None and saturation is None
+    assert contrast.tolist() == [0.5, 1.0] and contrast.device.type == device.type
+    assert hue.tolist() == pytest.approx([0.0, 0.1])
 
 
 def test_hue_shifts_add_up_and_keep_lightness():
@@ -391,18 +396,26 @@ def test_blur_is_torchvisions(device):
         torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-5)
 
 
+def test_only_what_is_to_be_blurred_changes(device):
+    images = (noise_images(5, 33).float() / 255).to(device)
+    sigma = torch.tensor([0.0, 0.7, 0.0, 1.5, 0.0])
+    found = images.clone()
+    blur_some(found, sigma)
+    assert torch.equal(found[[0, 2, 4]], images[[0, 2, 4]])
+    expected = blur_images(images[[1, 3]], sigma[[1, 3]].to(device))
+    torch.testing.assert_close(found[[1, 3]], expected, rtol=0, atol=1e-6)
+
+
 # --- all of it
 
 
 def reference_augmentation(image, plan, row, size):
     """One uint8 image [3, S, S] through torchvision, with the parameters of `plan`."""
     pixels = resample_images(image[None], plan.theta[row : row + 1].to(image.device), size)[0] / 255
-    factors = (plan.brightness, plan.contrast, plan.saturation, plan.hue)
-    for adjust, values in zip(ADJUSTMENTS, factors, strict=True):
-        pixels = adjust(pixels, values[row].item())
-    for blurred, sigma in zip(plan.blur_rows.tolist(), plan.blur_sigma.tolist(), strict=True):
-        if blurred == row:
-            pixels = TF.gaussian_blur(pixels, kernel_size=[7, 7], sigma=[sigma, sigma])
+    for adjust, value in zip(ADJUSTMENTS, plan.colour[row].tolist(), strict=True):
+        pixels = adjust(pixels, value)
+    if sigma := plan.blur[row].item():
+        pixels = TF.gaussian_blur(pixels, kernel_size=[7, 7], sigma=[sigma, sigma])
     pixels = TF.normalize(pixels, list(MEAN), list(STD))
     left, top, right, bottom = plan.erase[row].tolist()
     return TF.erase(
@@ -467,6 +480,14 @@ def test_the_neutral_augmentation_is_the_evaluation(device):
         rtol=0,
         atol=1e-4,  # of a standard deviation
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 64])
+def test_the_chunks_of_a_batch_cover_it_once(device, count):
+    images = torch.arange(count, device=device)
+    parts = [images[part] for part in chunks(images)]
+    assert torch.equal(torch.cat([*parts, images[:0]]), images)
+    assert len(parts) <= 1 or device.type == "cpu"
 
 
 def test_no_images_are_no_images():

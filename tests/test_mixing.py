@@ -7,13 +7,7 @@ from scipy import stats
 from torchvision.transforms.v2 import CutMix
 
 from emotion_transfer.config import make_config
-from emotion_transfer.mixing import (
-    Mixing,
-    draw_mixing,
-    mix_images,
-    mix_targets,
-    mixing_active,
-)
+from emotion_transfer.mixing import Mixing, draw_mixing, mix_images, mix_targets, mixing_active
 
 ALWAYS = {"MIX_PROB": 1.0, "IMG_SIZE": 64}
 
@@ -67,7 +61,7 @@ def test_every_partner_is_equally_likely():
 def test_mixup_strengths_are_beta(alpha):
     cfg = make_config({**ALWAYS, "MIXUP_ALPHA": alpha, "CUTMIX_ALPHA": 0.0})
     mixing = draw_mixing(cfg, 0, 0, 5000)
-    assert not mixing.box.any()
+    assert not area(mixing.box).any()
     assert stats.kstest(mixing.lam.double().numpy(), stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
@@ -100,7 +94,7 @@ def test_mix_prob_and_the_two_kinds():
     mixed, cut = (mixing.lam < 1).numpy(), area(mixing.box) > 0
     assert stats.binomtest(int(mixed.sum()), n, 0.4).pvalue > 1e-3
     assert stats.binomtest(int(cut.sum()), int(mixed.sum()), 0.5).pvalue > 1e-3
-    assert not (cut & ~mixed).any() and (mixing.box.numpy()[~mixed] == 0).all()
+    assert not (cut & ~mixed).any()
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,47 @@
 # %% [markdown]
-# # Improved CNN transfer learning: which emotion does a picture evoke?
+# # Which emotion does a picture evoke?
 #
-# This notebook fine-tunes a network that has learnt to see on ImageNet, ResNet50 or
-# EfficientNet-B0, to recognise the emotion a picture evokes: amusement, awe, contentment,
-# excitement, anger, disgust, fear or sadness, the eight classes of EmoSet-118K.
+# ![Training on the built-in sample](docs/first_screen.png)
 #
-# **Press *Run All*.** Without any data of your own it draws a small synthetic sample and trains on
-# that for a few minutes on a laptop, so that you can see every part work. Then point it to EmoSet,
-# or to folders of your own pictures, and run it again.
+# *What a run on the built-in synthetic sample gives: the network's guesses before training and
+# after it. Your own run draws this figure again.*
 #
-# What you will find, in this order:
+# Here a network that has learnt to see on ImageNet (ResNet50 or EfficientNet-B0) learns to tell
+# which of eight emotions a picture evokes. You will learn
 #
-# 1. **Environment, configuration, data**: one frozen configuration, three splits, a report of every
-#    image that cannot be used, each image decoded once.
-# 2. **Augmentation, model, optimisation, engine**: what is done to each batch, what the network
-#    looks like, how fast which part learns, and a training loop that can be killed and resumed.
-# 3. **Training, evaluation, comparison, export, summary**: curves, metrics with intervals, what the
-#    network looks at, and three baselines trained in the same run, so that you can tell what all of
-#    it was worth.
+# - what *transfer learning* is, why it works, and what the ImageNet weights are worth in numbers;
+# - what augmentation, MixUp and CutMix do to a picture, and what they are for;
+# - how head and backbone are trained at different rates and thawed in stages;
+# - how to read training curves, and how far a test accuracy can be trusted;
+# - how to train on your own pictures, and to use what came out.
 #
-# Everything is defined in the notebook itself, right where it is explained. No result of a model is
-# quoted that this run did not measure, save for published figures that are marked as such.
-#
-# Some words you will meet: the *backbone* is the pretrained part of the network, the *head* the new
-# classifier on top of it; *frozen* parts do not learn, *thawed* ones do; *EMA* is a moving average
-# of the weights; *macro F1* is a score that counts every class alike.
+# **Press *Run All*.** It takes some minutes on a laptop, with pictures that the notebook draws
+# itself. [Settings](#Settings) says how to take your own, or EmoSet-118K.
 
 # %% [markdown]
-# > This notebook is generated from `notebooks/sections/` and `emotion_transfer/`. To change it for
-# > good, change those and run `create_enhanced_notebook.py`, `extend_notebook.py` and
-# > `complete_notebook.py`; what you change here is lost when it is built again.
+# | part | the question it answers |
+# |---|---|
+# | [Toolbox](#Toolbox) | the plumbing, folded away; **skip it** |
+# | [Settings](#Settings) | what can I change, and where? |
+# | [Data](#Data) | what does the network learn from? |
+# | [Augmentation](#Augmentation) | how can few pictures be made into many? |
+# | [Mixing](#Mixing) | why show two pictures at once? |
+# | [Model](#Model) | what is transfer learning, and what does the network look like? |
+# | [Loss](#Loss) | what exactly is made small? |
+# | [Rates](#Rates) | how fast does which part learn? |
+# | [Engine](#Engine) | what happens in one step, and in one epoch? |
+# | [Training](#Training) | does it learn, or does it memorise? |
+# | [Evaluation](#Evaluation) | how good is it, and where does it fail? |
+# | [Comparison](#Comparison) | what was all of it worth? |
+# | [Use](#Use) | what does it say of *my* picture? |
+# | [Summary](#Summary) | what came out, and what next? |
+#
+# **In Colab** choose *Runtime > Change runtime type > GPU* first. To keep your runs, mount Drive in
+# a cell of your own (`from google.colab import drive; drive.mount("/content/drive")`) and set
+# `OUTPUT_ROOT` to a folder on it; leave `CACHE_DIR` where it is, because Drive is slow. **In Kaggle**
+# switch on *GPU* and *Internet* in the sidebar; data sets lie in `/kaggle/input/NAME`, and what you
+# write to `/kaggle/working` stays.
+#
+# > This notebook is generated; what you change in it is lost when it is built again. Its sources
+# > are `notebooks/sections/`, `emotion_transfer/` and `emotion_toolbox/`, and `CONTRIBUTING.md`
+# > says how to build it.

@@ -51,3 +51,45 @@ if torch.cuda.is_available():
     print(f"GPU: {torch.cuda.get_device_name()}")
 else:
     print(f"no CUDA GPU: training on the CPU with {torch.get_num_threads()} threads")
+
+# %% [markdown] tags=["toolbox"]
+# ## Toolbox
+#
+# Plumbing, folded away: each cell below is a file that the story imports from, as from any library.
+# `%%toolbox` makes it so. A cell that you edit and run again is in force at once, everywhere.
+
+# %% tags=["magic"]
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+from IPython.core.magic import register_cell_magic
+
+FOLDER = globals().get("FOLDER") or tempfile.TemporaryDirectory()  # one a kernel, gone with it
+sys.path[:] = [FOLDER.name, *(path for path in sys.path if path != FOLDER.name)]
+
+
+@register_cell_magic
+def toolbox(name: str, text: str) -> None:
+    """Make the cell a file of `emotion_toolbox`; an edit is in force wherever it was imported."""
+    file = Path(FOLDER.name, "emotion_toolbox", name)
+    if file.exists() and file.read_text("utf-8") == text:
+        return
+    file.parent.mkdir(exist_ok=True)
+    file.with_name("__init__.py").touch()
+    file.write_text(text, "utf-8")
+    Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
+    importlib.invalidate_caches()
+    old = {key: sys.modules.pop(key) for key in [*sys.modules] if key.startswith("emotion_toolbox")}
+    old = {key: module for key, module in old.items() if FOLDER.name in str(module.__file__)}
+    try:
+        new = {key: vars(importlib.import_module(key)) for key in old}
+    except BaseException:  # what was in force stays
+        sys.modules.update(old)
+        file.unlink()
+        raise
+    for key, module in old.items():  # what the notebook has from it
+        for each, value in vars(module).items():
+            if globals().get(each, toolbox) is value:
+                globals()[each] = new[key].get(each, value)

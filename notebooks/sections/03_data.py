@@ -1,118 +1,80 @@
 # %% [markdown]
-# ## 3. Data
+# ## Data
 #
-# First the two places data can come from: the sample that is drawn by code, and your own CSVs. If
-# you only want to *use* the notebook, read on at *Load the splits*.
+# *What does the network learn from?* From **EmoSet-118K**
+# ([Yang et al. 2023](https://arxiv.org/abs/2307.07961)): 118,102 pictures, each labelled with the
+# one of eight emotions that it evokes in people. The eight are those of Mikels' model: amusement,
+# awe, contentment and excitement are pleasant; anger, disgust, fear and sadness are not.
+#
+# You have to fetch EmoSet from its authors. Until then the notebook draws a small **synthetic
+# sample** with the same eight names. It is a toy: it exercises every step and every figure, and
+# says nothing about photographs.
+#
+# The data come in three splits. The *training* pictures teach the network, the *validation*
+# pictures choose between epochs, and the *test* pictures are looked at once, at the end.
 
 # %%
-from emotion_transfer.sample import draw_sample
-
-# %%
-from emotion_transfer.data import QUICK_PROFILE, SPLITS, load_data, uses_sample
+from emotion_transfer.run import open_data, open_run
 
 # %% [markdown]
-# ### Load the splits
-#
-# If the sample is used, a quick profile replaces some defaults (few epochs, small images), so that
-# the whole notebook takes minutes. What you set in `OVERRIDES` still wins.
-
-# %%
-synthetic = uses_sample(cfg)
-if synthetic:
-    cfg = make_config(OVERRIDES, QUICK_PROFILE)
-    print("SYNTHETIC SAMPLE with the quick profile:")
-    print("  " + ", ".join(f"{name}={getattr(cfg, name)}" for name in QUICK_PROFILE))
-listed = load_data(cfg)
-print(f"{listed.name}: {len(listed.classes)} classes in {listed.root}")
-
-# %%
-from emotion_transfer.runs import make_run_folder
-
-# %% [markdown]
-# Everything that this run writes goes here:
-
-# %%
-run_dir = make_run_folder(cfg, listed)
-print(run_dir)
-
-# %%
-from emotion_transfer.cache import check_images
-
-# %% [markdown]
-# ### Check and decode every image
-#
-# Now the pass itself. The second time it takes a moment: only new and changed files are read.
-
-# %%
-checked = check_images(cfg, listed)
-data = checked.data
-print(f"{len(checked.bad)} images cannot be used and are left out")
-checked.bad if len(checked.bad) else None
-
-# %%
-from emotion_transfer.plots.style import save_figure
-
-# %%
-from emotion_transfer.plots.data import plot_class_distribution, plot_image_grid
-
-# %% [markdown]
-# ### How many of each class
-#
-# Where classes differ much in number, a network is tempted to ignore the rare ones. `BALANCE`
-# decides what is done about it: `"weights"` lets a rare class count more in the loss, `"sampler"`
-# shows it more often, `"none"` leaves things as they are.
+# So: what is there, and how many of each class? Where classes differ much in number, a network is
+# tempted to ignore the rare ones. `BALANCE` decides what is done about it: `"weights"` lets a rare
+# class count more in the loss, `"sampler"` shows it more often, `"none"` leaves things as they are.
 
 # %%
 from functools import partial
 
-keep_figure = partial(save_figure, folder=run_dir / "figures", synthetic=data.synthetic)
-keep_figure(plot_class_distribution(data.counts()), name="class_distribution")
+from emotion_toolbox.figures import plot_class_distribution, save_figure
+from emotion_toolbox.report import figure_note
 
-# %%
-from emotion_transfer.seeding import seed_everything
-
-# %%
-from emotion_transfer.loader import make_datasets
-
-# %% [markdown]
-# ### Look at the images
-#
-# Always look at your data. Do the labels make sense to you? Would *you* get them right? From here
-# on everything random follows from `SEED`.
-
-# %%
-seed_everything(cfg.SEED)
-datasets = make_datasets(cfg, checked)
-train = datasets["train"]
-rng = np.random.default_rng(cfg.SEED)
-shown = [
-    int(position)
-    for number in range(min(len(data.classes), 16))
-    for position in rng.permutation(np.flatnonzero(train.split.labels == number))[:2]
-]
-grid = train.__getitems__(shown)
-pictures = list(grid.images.permute(0, 2, 3, 1).numpy())
-names = [data.classes[label] for label in grid.labels]
-keep_figure(plot_image_grid(pictures, names, columns=8), name="sample_grid")
-
-# %%
-from emotion_transfer.audit import audit_data, pair_pictures, show_audit
+cfg, listed, run_dir = open_run(settings)
+note = figure_note(listed.synthetic, cfg.MODEL_NAME, cfg.DEBUG)
+keep_figure = partial(save_figure, folder=run_dir / "figures", note=note)
+print(f"{listed.name} {note}\n{cfg.MODEL_NAME}, {cfg.EPOCHS} epochs at {cfg.IMG_SIZE} pixels")
+print(run_dir)
+keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 
 # %% [markdown]
-# ### What the audit finds
-#
-# Judge the pairs with your own eyes: a burst of photographs of one scene is not a copy, but if its
-# frames stand in training *and* in test, the test is easier than it looks.
+# Every picture is **decoded once**, cut to a square a little larger than the network's input, and
+# kept in one array a split (`emotion_toolbox.cache`; `decode_data??` shows how): decoding takes
+# milliseconds, copying pixels microseconds, and training shows each picture dozens of times. The
+# same pass finds every file that cannot be used. A few are left out and named; many, or one and the
+# same picture in two splits, stop the notebook.
+
+# %%
+decoded, datasets = open_data(cfg, listed)
+data, train, classes = decoded.data, datasets["train"], decoded.data.classes
+print(f"{len(decoded.bad)} images cannot be used and are left out")
+decoded.bad.head(10) if len(decoded.bad) else None
+
+# %% [markdown]
+# **Always look at your data.** Do the labels make sense to you? Would *you* get them right?
+
+# %%
+import numpy as np
+
+from emotion_toolbox.figures import class_colours, plot_image_grid
+
+of_class = [np.flatnonzero(train.split.labels == number)[:2] for number in range(len(classes))]
+shown = np.concatenate(of_class[:16])
+names = [classes[number] for number in train.split.labels[shown]]
+frames = [class_colours(classes)[name] for name in names]
+keep_figure(plot_image_grid(train.pictures(shown), names, frames=frames), name="pictures")
+
+# %% [markdown]
+# And look for what would make a result worthless: the same picture, slightly cropped or compressed
+# anew, in training *and* in test; one picture under two labels; pictures that are all one colour.
+# Copies are found by a *perceptual hash*, 64 bits that say how the large structures of a picture
+# lie. Judge the pairs with your own eyes: nothing found here stops a run.
 
 # %%
 from IPython.display import display
 
+from emotion_toolbox.audit import audit_data, look_alikes
+
 if cfg.AUDIT:
-    audit = audit_data(cfg, datasets)
-    print("\n".join(show_audit(audit)))
-    suspects = audit.leaks if len(audit.leaks) else audit.pairs
-    if len(suspects):
-        pair_images, pair_titles = pair_pictures(datasets, suspects)
-        display(keep_figure(plot_image_grid(pair_images, pair_titles, columns=4), name="audit"))
-else:
-    print("AUDIT is off")
+    audit = audit_data(datasets, cfg.NEAR_DUPLICATE_BITS)
+    print("\n".join(audit.lines()))
+    if len(audit.pairs):
+        pairs = plot_image_grid(*look_alikes(datasets, audit.pairs), columns=4)
+        display(keep_figure(pairs, name="look_alikes"))

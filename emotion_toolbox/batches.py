@@ -1,0 +1,167 @@
+"""From decoded images to batches: gathered by index, in an order without memory, fetched ahead."""
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from emotion_toolbox.backbones import BackboneSpec
+from emotion_toolbox.cache import DecodedData, PixelSource, work_ahead
+from emotion_toolbox.draws import balanced_order, epoch_order
+from emotion_toolbox.errors import DataError
+from emotion_toolbox.pixels import prepare_images
+from emotion_toolbox.tables import Split
+
+
+class Batch(NamedTuple):
+    """`images` uint8 [B, 3, S, S], `labels` int64 [B], `positions` int64 [B] in the dataset."""
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
+    """One split as a PyTorch dataset of (image, label), which also hands out whole batches.
+
+    `digest` stands for the content of its image files.
+    """
+
+    def __init__(
+        self, split: Split, classes: Sequence[str], pixels: PixelSource, digest: str = ""
+    ) -> None:
+        self.split, self.classes, self.pixels = split, tuple(classes), pixels
+        self.digest = digest
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels, _ = self.batch([index])
+        return images[0], labels[0]
+
+    def batch(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+        """The images and labels at `positions`, from one indexing operation."""
+        rows = np.asarray(positions, dtype=np.int64)
+        # [B, S, S, 3] seen as [B, 3, S, S] is channels_last: no copy here, none on the device
+        images = torch.from_numpy(self.pixels.gather(rows)).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.from_numpy(rows))
+
+    def pictures(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """The images at `positions` for people to look at, uint8 [N, S, S, 3]."""
+        return self.pixels.gather(np.asarray(positions, dtype=np.int64))
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with the images, their names or their labels."""
+        return self.split.fingerprint(self.digest)
+
+
+class ChosenPixels:
+    """Some images of another source, by their `positions` there."""
+
+    def __init__(self, source: PixelSource, positions: npt.NDArray[np.int64]) -> None:
+        self.source, self.positions = source, positions
+
+    def gather(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        return self.source.gather(self.positions[index])
+
+
+def make_datasets(decoded: DecodedData, most: int | None = None) -> dict[str, EmotionDataset]:
+    """The train, val and test datasets over the usable images of `decoded`.
+
+    With `most`, so many of each at the most, taken evenly from all over the split.
+    """
+    datasets = {}
+    for name, split in decoded.data.splits.items():
+        pixels, count = decoded.pixels[name], len(split)
+        if most is not None and most < count:
+            chosen = np.linspace(0, count - 1, most).round().astype(np.int64)
+            split, pixels = split.select(chosen), ChosenPixels(pixels, chosen)
+        classes, digest = decoded.data.classes, decoded.digests[name]
+        datasets[name] = EmotionDataset(split, classes, pixels, digest)
+    return datasets
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Whole batches in so many training `images`.
+
+    Raises:
+        DataError: where there is not even one.
+    """
+    steps = images // batch_size
+    if steps == 0:
+        raise DataError(
+            f"{images} training images do not fill one batch; set BATCH_SIZE to {max(2, images)} "
+            "or less"
+        )
+    return steps
+
+
+def training_order(
+    labels: npt.NDArray[np.int64],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    balanced: bool = False,
+) -> npt.NDArray[np.int64]:
+    """The images of one epoch in order, int64 [steps * batch_size]; `balanced` by class.
+
+    A last incomplete batch is dropped, for BatchNorm cannot work on a single image. Raises
+    ``DataError`` where there is no whole batch.
+    """
+    count = len(labels)
+    steps = steps_per_epoch(count, batch_size)
+    order = (
+        balanced_order(seed, epoch, labels, count) if balanced else epoch_order(seed, epoch, count)
+    )
+    return order[: steps * batch_size]
+
+
+def batch_slices(
+    order: npt.NDArray[np.int64], batch_size: int, first_step: int = 0
+) -> list[npt.NDArray[np.int64]]:
+    """`order` cut into arrays of `batch_size` (the last may be shorter), from `first_step` on."""
+    starts = range(first_step * batch_size, len(order), batch_size)
+    return [order[start : start + batch_size] for start in starts]
+
+
+def fetch_ahead(
+    dataset: EmotionDataset,
+    slices: Sequence[npt.NDArray[np.int64]],
+    device: torch.device,
+    depth: int = 2,
+) -> Generator[Batch, None, None]:
+    """The batches of `slices` on `device`, each prepared by a thread while `depth` are waiting.
+
+    An exception is raised where its batch was due. The thread starts with the first batch that is
+    asked for, and ends with the generator.
+    """
+
+    def fetch(positions: npt.NDArray[np.int64]) -> Batch:
+        images, labels, rows = dataset.batch(positions)
+        if device.type == "cuda":  # from pinned memory a copy need not wait for the device
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+        return Batch(images, labels, rows)
+
+    return work_ahead(fetch, slices, threads=1, depth=depth, name="fetch-ahead")
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, dataset: EmotionDataset, spec: BackboneSpec, size: int, batch_size: int
+) -> npt.NDArray[np.float32]:
+    """Pooled features [N, F] of the centre crops of all images, at `size` pixels."""
+    device, features = next(backbone.parameters()).device, []
+    slices = batch_slices(np.arange(len(dataset)), batch_size)
+    batches, label = fetch_ahead(dataset, slices, device), f"features {dataset.split.name}"
+    for batch in tqdm(batches, label, len(slices), leave=False, unit="batch"):
+        images = prepare_images(batch.images, size, spec.mean, spec.std)
+        features.append(backbone(images).float().cpu().numpy())
+    return np.concatenate(features)

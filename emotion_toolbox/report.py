@@ -1,0 +1,219 @@
+"""The run in numbers and in words: its folder, summary.json, predictions as CSV, a closing text."""
+
+import hashlib
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from emotion_toolbox.batches import EmotionDataset
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.errors import ConfigError
+from emotion_toolbox.files import resolve_path, write_text
+from emotion_toolbox.keeper import FitResult
+from emotion_toolbox.measures import Estimate
+from emotion_toolbox.tables import EmotionData
+
+BASELINE_NAMES = {"from_scratch": "from random weights", "plain_finetune": "plain fine-tune"}
+VERSIONS = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "pillow")
+# test accuracy on EmoSet-8, by others: Yang et al., ICCV 2023, tables 3 to 5, unless noted
+PUBLISHED_EMOSET = {
+    "AlexNet": 0.6780,
+    "VGG-16": 0.7227,
+    "DenseNet-121": 0.7232,
+    "ResNet-50": 0.7404,
+    "MDAN": 0.7575,
+    "WSCNet": 0.7632,
+    "PDANet": 0.7695,
+    "StyleNet": 0.7711,
+    "Stimuli-aware": 0.7840,
+    "ResNet-50, SGD (To Err Like Human 2024; split not stated)": 0.763,
+    "ResNet-101, SGD (To Err Like Human 2024; split not stated)": 0.769,
+    "ResNet50 (EmotionSpaces; on validation)": 0.7674,
+    "ViT-B/16 (EmotionSpaces; on validation)": 0.7820,
+}
+
+
+def run_name(data: EmotionData, model: str, settings: str) -> str:
+    """Data set, model, and a hash of `settings` (their hash) and the data's names and labels."""
+    facts = [settings, *(split.fingerprint() for split in data.splits.values())]
+    digest = hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+    name = "sample" if data.synthetic else data.root.name
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{model}-{digest}")
+
+
+def make_run_folder(output_root: str, name: str) -> Path:
+    """Create the run's folder and return it; raises ``ConfigError`` if it cannot be written."""
+    folder = resolve_path(output_root) / name
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_ROOT={output_root!r}: {folder} cannot be written ({error}); "
+            "choose another folder"
+        ) from error
+    return folder
+
+
+def figure_note(synthetic: bool, model: str, debug: bool) -> str:
+    """What every figure of the run must say of itself; "" where there is nothing to beware of."""
+    marks = ["DEBUG"] * debug + [f"SYNTHETIC SAMPLE, {model}"] * synthetic
+    return " | ".join(marks)
+
+
+def prediction_table(
+    dataset: EmotionDataset,
+    labels: npt.NDArray[np.int64],
+    predicted: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float64],
+) -> pd.DataFrame:
+    """One row an image: path, label, predicted, confidence, and p_<class> for every class."""
+    names = np.array(dataset.classes, dtype=object)
+    table = pd.DataFrame({"path": list(dataset.split.files)})
+    table["label"], table["predicted"] = names[labels], names[predicted]
+    table["confidence"] = probabilities.max(1)
+    columns = [f"p_{name}" for name in dataset.classes]
+    return pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
+
+
+def write_predictions(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of predictions as CSV."""
+    write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def comparison_table(
+    metrics: Mapping[str, Mapping[str, Estimate]], tests: Mapping[str, Any]
+) -> pd.DataFrame:
+    """One row a model: intervals, and from ``PairedTest`` the difference from ours."""
+    rows = []
+    for name, found in metrics.items():
+        test = tests.get(name)
+        rows.append(
+            {
+                "model": BASELINE_NAMES.get(name, name.replace("_", " ")),
+                "accuracy": f"{found['accuracy']:.3f}",
+                "macro F1": f"{found['macro_f1']:.3f}",
+                "ours is better by": f"{test.difference:+.3f}" if test else "",
+                "p (McNemar)": f"{test.p_value:.2g}" if test else "",
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")
+
+
+def published_accuracies(classes: Sequence[str], *, synthetic: bool) -> dict[str, float] | None:
+    """Published EmoSet-8 accuracies, or None where the data are not EmoSet's."""
+    return None if synthetic or set(classes) != set(MIKELS_CLASSES) else dict(PUBLISHED_EMOSET)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def summarise_run(
+    settings: Mapping[str, Any],
+    data: EmotionData,
+    datasets: Mapping[str, EmotionDataset],
+    result: FitResult,
+    metrics: Mapping[str, Mapping[str, Estimate]],
+    tests: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline."""
+    gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
+    figures = {
+        name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()
+    }
+    return {
+        "dataset": data.name,
+        "synthetic": data.synthetic,
+        "debug": settings["DEBUG"],
+        "model": settings["MODEL_NAME"],
+        "weights": settings["INIT_FROM"] or settings["WEIGHTS"] or "none",
+        "classes": list(data.classes),
+        "epochs": len(result.history),
+        "best_epoch": result.best_epoch,
+        "best_source": result.best_source,
+        "finished": result.finished,
+        "metrics": {split: figures[split] for split in ("val", "test")},
+        "baselines": {name: figures[name] for name in tests},
+        "paired_tests": {name: test.to_json() for name, test in tests.items()},
+        "train_val_gap": float(gaps[result.best_epoch]),
+        "seconds": result.seconds,
+        "images_per_second": result.images_per_second,
+        "device": result.device,
+        "precision": result.amp,
+        "seed": settings["SEED"],
+        "image_size": settings["IMG_SIZE"],
+        "images": {name: len(dataset) for name, dataset in datasets.items()},
+        "versions": software_versions(),
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary as JSON; figures that are not finite become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: finite(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_text(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+
+
+def describe_difference(name: str, difference: Mapping[str, float]) -> str:
+    """One sentence on how our accuracy differs from that of baseline `name`."""
+    value, low, high = (100 * difference[k] for k in ("value", "low", "high"))
+    size = f"by {abs(value):.1f} points (95 % interval of the difference {low:+.1f} to {high:+.1f})"
+    if low > 0:
+        return f"It is better than the {name} {size}."
+    if high < 0:
+        return f"It is **worse** than the {name} {size}."
+    interval = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"It does not differ clearly from the {name}: {interval}."
+
+
+def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
+    """The run summed up in Markdown, from its own numbers."""
+    lines = []
+    if summary["debug"]:
+        lines.append("> **DEBUG run.** Two batches of everything; no figure here means anything.\n")
+    if summary["synthetic"]:
+        lines.append(
+            "> **Synthetic sample.** These figures show that everything works. They say nothing "
+            "about emotions in photographs.\n"
+        )
+    accuracy, f1 = summary["metrics"]["test"]["accuracy"], summary["metrics"]["test"]["macro_f1"]
+    lines.append(
+        f"**{summary['model']}** on **{summary['dataset']}** reaches a test accuracy of "
+        f"**{accuracy['value']:.1%}** (95 % interval {accuracy['low']:.1%} to "
+        f"{accuracy['high']:.1%}) and a macro F1 of {f1['value']:.3f} ({f1['low']:.3f} to "
+        f"{f1['high']:.3f}) on {summary['images']['test']} images."
+    )
+    for name, found in summary["paired_tests"].items():
+        shown = BASELINE_NAMES.get(name, name.replace("_", " ")) + " baseline"
+        lines.append(f"- {describe_difference(shown, found['difference'])}")
+    source = "averaged (EMA)" if summary["best_source"] == "ema" else "raw"
+    lines.append(
+        f"\nThe best epoch was {summary['best_epoch']} of {summary['epochs']}, with the {source} "
+        f"weights; its train-validation gap was {100 * summary['train_val_gap']:+.1f} points. "
+        f"Training took {summary['seconds'] / 60:.1f} minutes on {summary['device']} at "
+        f"{summary['images_per_second']:.0f} images/s. Everything is in `{folder}`."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""``python -m emotion_transfer COMMAND``: the notebook's work from a shell."""
+
+import importlib
+import sys
+
+from emotion_toolbox.errors import NAMED_ERRORS
+
+COMMANDS = {
+    "train": "train, evaluate, compare and export, without the notebook",
+    "prepare": "write the lists of images that the notebook reads, from folders, EmoSet or tables",
+    "predict": "say which emotion pictures evoke",
+    "settings": "list all settings with their defaults and meanings",
+}
+USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(
+    f"  {name:<10} {what}\n" for name, what in COMMANDS.items()
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the first argument names; returns the exit status."""
+    name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"{USAGE}\npython -m emotion_transfer COMMAND --help says more of one")
+        return 0
+    if name not in COMMANDS:
+        print(f"there is no command {name!r}\n\n{USAGE}", file=sys.stderr, end="")
+        return 2
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
+    try:
+        command = importlib.import_module(f"emotion_transfer.commands.{name}")
+        return int(command.main(rest))
+    except (*NAMED_ERRORS, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stopped:
+        print(stopped or "stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands, one a file, each with a ``main(arguments)`` that returns the exit status."""

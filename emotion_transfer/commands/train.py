@@ -1,0 +1,76 @@
+"""Train without the notebook: the same functions as its cells, in the same order, no pictures."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from emotion_toolbox.export import export_model
+from emotion_toolbox.keeper import load_initial_weights
+from emotion_toolbox.report import (
+    closing_text,
+    comparison_table,
+    prediction_table,
+    summarise_run,
+    write_predictions,
+    write_summary,
+)
+from emotion_toolbox.settings import parse_setting
+from emotion_transfer.baselines import run_baseline
+from emotion_transfer.config import EnhancedConfig, cache_size
+from emotion_transfer.engine import fit
+from emotion_transfer.evaluation import predict
+from emotion_transfer.intervals import evaluate_predictions, paired_test
+from emotion_transfer.model import build_model
+from emotion_transfer.run import open_data, open_run
+
+
+def train(settings: dict[str, Any]) -> Path:
+    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+    cfg, listed, run_dir = open_run(settings)
+    print(run_dir, flush=True)
+    decoded, datasets = open_data(cfg, listed)
+    data, classes = decoded.data, decoded.data.classes
+    model = build_model(cfg, len(classes))
+    load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
+    result = fit(cfg, model, datasets, run_dir / "checkpoints")
+    asked: dict[str, Any] = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": result.amp}
+    found = {split: predict(model, datasets[split], **asked) for split in ("val", "test")}
+    drawn: dict[str, Any] = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
+    metrics = {
+        split: evaluate_predictions(p.labels, p.probabilities, classes, **drawn)
+        for split, p in found.items()
+    }
+    test = found["test"]
+    table = prediction_table(datasets["test"], test.labels, test.predicted, test.probabilities)
+    write_predictions(run_dir / "predictions_test.csv", table)
+    compared, tests = {}, {}
+    for name in cfg.BASELINES:
+        p = run_baseline(name, cfg, datasets, run_dir / "baselines")["probabilities"]
+        compared[name] = evaluate_predictions(test.labels, p, classes, **drawn)
+        tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), **drawn)
+    compared["this notebook"] = metrics["test"]
+    recorded = dataclasses.asdict(cfg)
+    summary = summarise_run(recorded, data, datasets, result, metrics | compared, tests)
+    write_summary(run_dir / "summary.json", summary)
+    export_model(run_dir / "export", model, classes, recorded, cache_size(cfg), summary)
+    print(comparison_table(compared, tests).to_string())
+    print(closing_text(summary, run_dir))
+    return run_dir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m emotion_transfer train",
+        description=__doc__,
+        epilog="example: python -m emotion_transfer train --set DATA_ROOT=data/processed/pictures "
+        "EPOCHS=20. The same settings resume the same run.",
+    )
+    meaning = "settings of this run; `python -m emotion_transfer settings` lists them"
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning
+    )
+    args = parser.parse_args(arguments)
+    train(dict(parse_setting(EnhancedConfig, text) for text in args.set))
+    return 0

@@ -1,0 +1,52 @@
+# %% [markdown]
+# ## Model
+#
+# *What is transfer learning, and what does the network look like?* A network trained on ImageNet's
+# 1.28 million photographs has had to learn what pictures are made of: edges and textures in its
+# first layers, parts and faces and skies in its later ones. Little of that is about ImageNet's own
+# thousand classes. So the layers are kept, as a **backbone** that turns a picture into a list of
+# features, the thousand-class output is taken off, and a small new **head** is put on: the
+# knowledge is *transferred*. The earlier a layer, the more general what it has learnt
+# ([Yosinski et al. 2014](https://arxiv.org/abs/1411.1792)), and better ImageNet networks transfer
+# better ([Kornblith et al. 2019](https://arxiv.org/abs/1805.08974)). That is why a few thousand
+# pictures suffice where training from nothing needs a million. [Comparison](#Comparison) trains the
+# same network from random weights too, so that you see what ImageNet is worth.
+#
+# A fresh head sends large, random gradients into the backbone and would wash out what it knows
+# ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the head trains alone at first while
+# the backbone is *frozen*; then the last stages *thaw*, and later everything does.
+
+# %%
+from emotion_transfer.model import build_model, stage_table
+
+# %% [markdown]
+# Here it is. The stages thaw from the end: what lies early is the most general, and moves last and
+# least. (With `INIT_FROM` the weights of an earlier run take the place of ImageNet's.)
+
+# %%
+from emotion_toolbox.figures import plot_stages
+from emotion_toolbox.keeper import load_initial_weights
+
+model = build_model(cfg, len(classes))
+load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
+print(f"{cfg.MODEL_NAME}, weights {cfg.INIT_FROM or cfg.WEIGHTS or 'random'}")
+keep_figure(plot_stages(stage_table(cfg, model), train.pictures([0])[0]), name="model")
+
+# %% [markdown]
+# What does it say *before* training? With a random head, nothing that helps. Its answers to eight
+# test pictures are kept here, and stand beside its later ones at the end of [Training](#Training).
+
+# %%
+from emotion_transfer.evaluation import grad_cam, predict
+
+# %%
+test_set = datasets["test"]
+eight = np.linspace(0, len(test_set) - 1, 8).round().astype(int)
+ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE)
+untrained = ask(model, test_set, positions=eight)
+print(f"right: {(untrained.predicted == untrained.labels).sum()} of {len(eight)}")
+
+# %% [markdown]
+# > **Try it:** set `WEIGHTS` to `None`. What do the curves and the test accuracy become?
+# >
+# > <details><summary>What you should see</summary>TRY_WEIGHTS</details>

@@ -1,0 +1,51 @@
+# %% [markdown]
+# ## Training
+#
+# *Does it learn, or does it memorise?* Everything is in place. One line an epoch gives the losses,
+# the macro F1 on the validation pictures (with the weights as they are and with their average), and
+# the gap between training and validation accuracy; `*` marks the best epoch so far. Macro F1 counts
+# every class alike, however rare. A run that is complete is loaded, not trained again.
+
+# %%
+result = fit(cfg, model, datasets, run_dir / "checkpoints")
+print(f"{result.finished}; best: epoch {result.best_epoch}, {result.best_source} weights")
+
+# %% [markdown]
+# How to read the curves:
+#
+# - **Loss**: both should fall. The training loss may well lie *above* the other: it is measured on
+#   augmented, mixed pictures with smoothed targets, validation on clean ones.
+# - A **validation loss** that falls and then rises: the network has begun to memorise.
+# - A **jump at a thaw** that does not recover: `LR_BACKBONE` is too high.
+# - The **gap** is measured on clean pictures on both sides. A band that widens while validation
+#   stands still is overfitting.
+
+# %%
+from emotion_toolbox.figures import plot_guesses, plot_history
+from emotion_toolbox.measures import gap_verdict
+
+curves = plot_history(result.history, best_epoch=result.best_epoch, thaws=thaws)
+keep_figure(curves, name="training")
+
+# %% [markdown]
+# The gap at the best epoch, judged against what chance alone would give with so many pictures:
+
+# %%
+row = result.history.set_index("epoch").loc[result.best_epoch]
+clean = row["train_clean_accuracy"]
+print(gap_verdict(clean, clean - row["gap"], len(datasets["val"]), len(classes)))
+
+# %% [markdown]
+# The eight test pictures again, before training and after:
+
+# %%
+after = ask(model, test_set, positions=eight, amp=result.amp)
+guesses = plot_guesses(
+    test_set.pictures(eight), after.labels, untrained.probabilities, after.probabilities, classes
+)
+keep_figure(guesses, name="guesses")
+
+# %% [markdown]
+# > **Try it:** set `WARMUP_EPOCHS` to 0, so that the backbone moves while the head is still random.
+# >
+# > <details><summary>What you should see</summary>TRY_WARMUP</details>

@@ -1,0 +1,102 @@
+# %% [markdown]
+# ## Evaluation
+#
+# *How good is it, and where does it fail?* No decision so far was made on the test pictures, so they
+# can tell how the network does on pictures it has never seen. Look at them once. If you tune on
+# them, they become validation pictures and you have no test any more.
+#
+# An accuracy on a *finite* set would have come out a little different on another. So every number
+# comes with the range that holds it in about 95 of 100 repetitions, and decimals beyond the width of
+# that range mean nothing.
+
+# %%
+from emotion_transfer.intervals import evaluate_predictions, paired_test
+
+# %% [markdown]
+# Each cell reads *value [low, high]*. The validation figures are a little too good, because the best
+# epoch was chosen by them; the test figures are the ones to quote.
+
+# %%
+from emotion_toolbox.report import prediction_table, write_predictions
+
+found = {split: ask(model, datasets[split], amp=result.amp, progress=split)
+         for split in ("val", "test")}  # fmt: skip
+metrics = {
+    split: evaluate_predictions(
+        p.labels, p.probabilities, classes, resamples=cfg.BOOTSTRAP, seed=cfg.SEED
+    )
+    for split, p in found.items()
+}
+test = found["test"]
+table = prediction_table(test_set, test.labels, test.predicted, test.probabilities)
+write_predictions(run_dir / "predictions_test.csv", table)
+pd.DataFrame({split: {m: f"{e:.3f}" for m, e in ms.items()} for split, ms in metrics.items()})
+
+# %% [markdown]
+# **Class by class.** Precision asks: of all pictures the network called *awe*, how many were?
+# Recall: of all that were, how many did it find? F1 is high only where both are. Low precision
+# means that a name is given too freely, low recall that its pictures go unrecognised.
+
+# %%
+from emotion_toolbox.figures import plot_confusion, plot_mistakes, plot_per_class, plot_reliability
+from emotion_toolbox.measures import most_confused_pairs, per_class_table, reliability_table
+
+report = per_class_table(test.labels, test.predicted, classes)
+keep_figure(plot_per_class(report), name="per_class")
+
+# %% [markdown]
+# **Which classes are mistaken for which?** Emotions that are alike in being pleasant or unpleasant,
+# calm or agitated, are the ones that people confuse too.
+
+# %%
+from sklearn.metrics import confusion_matrix
+
+confusion = confusion_matrix(test.labels, test.predicted, labels=range(len(classes)))
+display(most_confused_pairs(confusion, classes))
+keep_figure(plot_confusion(confusion, classes), name="confusion")
+
+# %% [markdown]
+# **Does it know how sure it is?** Of all answers given with 80 % confidence, 80 % should be right:
+# bars that reach the diagonal. Bars below it mean that the network is too sure of itself, bars above
+# it too modest, which label smoothing and mixing tend to cause. The *expected calibration error* is
+# their mean distance ([Guo et al. 2017](https://arxiv.org/abs/1706.04599)).
+
+# %%
+reliability = reliability_table(test.labels, test.probabilities)
+keep_figure(plot_reliability(reliability, metrics["test"]["ece"]), name="reliability")
+
+# %% [markdown]
+# **Its most confident mistakes** are the most instructive pictures of all. In some the network has
+# missed the point; in others the *label* is arguable, for what a picture evokes is not the same for
+# everybody, and now and then it is plainly wrong.
+
+# %%
+confidence = test.probabilities.max(1)
+wrong = np.flatnonzero(test.predicted != test.labels)
+worst = wrong[np.argsort(-confidence[wrong])][:12]
+answers = (test.labels[worst], test.predicted[worst], confidence[worst])
+keep_figure(plot_mistakes(test_set.pictures(worst), *answers, classes), name="mistakes")
+
+# %% [markdown]
+# **Where does it look?** Bright places speak for the answer. A network that looks at a frame or a
+# watermark has learnt the wrong thing, however good its accuracy.
+
+# %%
+from emotion_toolbox.figures import plot_gradcam
+from emotion_toolbox.pixels import prepare_images
+
+first = [int(np.flatnonzero(test.labels == c)[0]) for c in np.unique(test.labels)][:8]
+batch, spec = test_set.batch(first), model.spec
+inputs = prepare_images(batch.images, cfg.IMG_SIZE, spec.mean, spec.std)
+last_stage = model.stage_modules()[list(spec.stages)[-1]][-1]
+device = next(model.parameters()).device
+heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[first])
+titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]} ({confidence[i]:.0%})"
+          for i in first]  # fmt: skip
+keep_figure(plot_gradcam(denormalise(inputs, spec.mean, spec.std), heat, titles), name="grad_cam")
+
+# %% [markdown]
+# > **Try it:** set `IMG_SIZE` to 160. Training takes longer; what becomes of the heat maps and of
+# > the accuracy?
+# >
+# > <details><summary>What you should see</summary>TRY_SIZE</details>

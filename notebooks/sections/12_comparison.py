@@ -1,0 +1,59 @@
+# %% [markdown]
+# ## Comparison
+#
+# *What was all of it worth?* An accuracy alone says nothing: it must beat what can be had for less.
+
+# %%
+from emotion_transfer.baselines import run_baseline
+
+# %% [markdown]
+# `BASELINES` says which to train; the plain fine-tune takes about as long as the training above.
+# Each is kept: run this again and it is read back.
+
+# %%
+folder = run_dir / "baselines"
+baselines = {name: run_baseline(name, cfg, datasets, folder) for name in cfg.BASELINES}
+
+# %% [markdown]
+# What the ImageNet weights buy shows most in the first epochs:
+
+# %%
+from emotion_toolbox.figures import plot_comparison, plot_curves
+
+curves = {name: answer["curve"] for name, answer in baselines.items() if "curve" in answer}
+curves["this notebook"] = result.history["val_accuracy"]
+by_epoch = {name: pd.Series(curve).set_axis(range(1, len(curve) + 1))
+            for name, curve in curves.items()}  # fmt: skip
+keep_figure(plot_curves(by_epoch, "validation accuracy"), name="curves")
+
+# %% [markdown]
+# On the test pictures, read the intervals before the values. *Ours is better by* is the difference
+# of the two accuracies **on the same pictures** with its own interval: if that holds zero, the
+# difference may be chance. The p-value is McNemar's: how often equals would differ this much.
+
+# %%
+from emotion_toolbox.report import comparison_table, published_accuracies
+
+drawn = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
+compared, tests = {}, {}
+for name, answer in baselines.items():
+    p = answer["probabilities"]
+    compared[name] = evaluate_predictions(test.labels, p, classes, **drawn)
+    tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), **drawn)
+compared["this notebook"] = metrics["test"]
+comparison_table(compared, tests)
+
+# %% [markdown]
+# The same as a picture. On EmoSet itself, published accuracies stand beside ours with a marker of
+# their own: others measured them with other code, some on other splits.
+
+# %%
+accuracies = {name.replace("_", " "): ms["accuracy"] for name, ms in compared.items()}
+published = published_accuracies(classes, synthetic=data.synthetic)
+keep_figure(plot_comparison(accuracies, published), name="comparison")
+
+# %% [markdown]
+# > **Try it:** switch one technique off, `{"EMA_DECAY": 0}` say, and run with three seeds
+# > (`SEED`). Is the difference larger than the spread between the seeds?
+# >
+# > <details><summary>What you should see</summary>TRY_EMA</details>
