@@ -11,7 +11,7 @@ import queue
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,13 +144,17 @@ def _run_cells(client: NotebookClient) -> tuple[int, str, Path | None]:
     """
     cell: NotebookNode | None = None
     run_dir: Path | None = None
-    started = time.monotonic()
+    started, section = time.monotonic(), ""
     code = [(index, cell) for index, cell in enumerate(client.nb.cells) if cell.cell_type == "code"]
     try:
         with client.setup_kernel():
             for count, (index, cell) in enumerate(code, start=1):
-                with progress(cell, f"cell {count}/{len(code)}  "):
-                    failed = _run_cell(client, cell, index)
+                place, begun = f"cell {count}/{len(code)}  ", time.monotonic()
+                if section != (section := cell.id.rpartition("-")[0]):
+                    print(f"{place}{section}", flush=True)
+                failed = _run_cell(client, cell, index)
+                if (seconds := time.monotonic() - begun) >= SLOW_CELL:
+                    print(f"{place}{cell.id}: {seconds:.1f} s", flush=True)
                 run_dir = ask_run_dir(client) or run_dir
                 if failed:
                     raise failed
@@ -161,19 +165,6 @@ def _run_cells(client: NotebookClient) -> tuple[int, str, Path | None]:
     except KeyboardInterrupt:
         return INTERRUPTED, f"interrupted in cell {cell.id if cell else 'none'}", run_dir
     return 0, f"ran all {len(code)} code cells in {time.monotonic() - started:.1f} s", run_dir
-
-
-@contextlib.contextmanager
-def progress(cell: NotebookNode, place: str) -> Iterator[None]:
-    """A line for the first cell of a section, and for every slow one."""
-    started = time.monotonic()
-    section, _, number = cell.id.rpartition("-")
-    if number == "01":
-        print(f"{place}{section}", flush=True)
-    yield
-    seconds = time.monotonic() - started
-    if seconds >= SLOW_CELL:
-        print(f"{place}{cell.id}: {seconds:.1f} s", flush=True)
 
 
 def _run_cell(client: NotebookClient, cell: NotebookNode, index: int) -> CellExecutionError | None:

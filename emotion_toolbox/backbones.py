@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+import pandas as pd
 import timm
 import torch
 import torchvision
@@ -221,3 +222,15 @@ def refuse_nonfinite(network: nn.Module, source: str) -> None:
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     """The BatchNorm layers in `module`."""
     return (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def stage_table(
+    stages: Mapping[str, Sequence[nn.Module]], starts: Mapping[str, int | None]
+) -> pd.DataFrame:
+    """A row a stage: stage, parameters, share (0 to 1), trains_from (epoch from 1; None: never)."""
+    sizes = {name: sum(p.numel() for m in parts for p in m.parameters())
+             for name, parts in stages.items()}  # fmt: skip
+    table = pd.DataFrame({"stage": list(sizes), "parameters": list(sizes.values())})
+    table["share"] = table["parameters"] / table["parameters"].sum()
+    table["trains_from"] = [starts[name] for name in sizes]
+    return table.astype({"trains_from": object})

@@ -11,11 +11,19 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from emotion_toolbox.backbones import BackboneSpec
-from emotion_toolbox.cache import DecodedData, PixelSource, work_ahead
+from emotion_toolbox.cache import (
+    DecodedData,
+    PixelSource,
+    decode_data,
+    refuse_bad_images,
+    refuse_leaks,
+    work_ahead,
+)  # fmt: skip
 from emotion_toolbox.draws import balanced_order, epoch_order
 from emotion_toolbox.errors import DataError
+from emotion_toolbox.files import count_threads, resolve_path
 from emotion_toolbox.pixels import prepare_images
-from emotion_toolbox.tables import Split
+from emotion_toolbox.tables import EmotionData, Split
 
 
 class Batch(NamedTuple):
@@ -59,6 +67,21 @@ class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with the images, their names or their labels."""
         return self.split.fingerprint(self.digest)
+
+
+def open_datasets(
+    listed: EmotionData, side: int, *, cache_dir: str | None, threads: int | None = None,
+    max_bad_fraction: float = 0.0, allow_duplicates: bool = False, most: int | None = None,
+) -> tuple[DecodedData, dict[str, EmotionDataset]]:  # fmt: skip
+    """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets.
+
+    See ``decode_data``, ``refuse_bad_images``, ``refuse_leaks`` and ``make_datasets``.
+    """
+    folder = resolve_path(cache_dir) if cache_dir else None
+    decoded = decode_data(listed, side, cache_dir=folder, threads=count_threads(threads))
+    refuse_bad_images(decoded, max_bad_fraction)
+    refuse_leaks(decoded, allow_duplicates)
+    return decoded, make_datasets(decoded, most)
 
 
 class ChosenPixels:

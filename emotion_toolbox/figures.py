@@ -7,7 +7,7 @@ characters that the usual font lacks come from another installed one.
 import io
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import cycle
 from pathlib import Path
@@ -262,11 +262,17 @@ def _finish_panel(
     return marks
 
 
-def plot_schedule(table: pd.DataFrame, thaws: Thaws = (), mix_off: float | None = None) -> Figure:
+def plot_schedule(
+    rates: Callable[[int, int], tuple[float, float]], epochs: int, steps: int, thaws: Thaws = (),
+    mix_off: float | None = None,
+) -> Figure:  # fmt: skip
     """Learning rates by epoch, what thaws when, and after how many epochs mixing ends.
 
-    `table` has the columns epoch (at a step's start, from 0), lr_head, lr_backbone (NaN: frozen).
+    `rates` gives those of head and backbone (NaN: frozen) at an epoch and one of its `steps`.
     """
+    places = [(e, s) for e in range(epochs) for s in range(0, steps, max(1, steps // 20))]
+    table = pd.DataFrame([rates(*p) for p in places], columns=["lr_head", "lr_backbone"])
+    table["epoch"] = [epoch + step / steps for epoch, step in places]
     fig, axes = new_figure(10, 3.8)
     ax, end = axes[0, 0], int(table["epoch"].max()) + 1
     _draw_rates(ax, table, [*table["epoch"], end])
@@ -312,13 +318,14 @@ def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ())
     return fig
 
 
-def plot_curves(curves: Mapping[str, "pd.Series[float]"], label: str, title: str = "") -> Figure:
-    """One line a run: its `label`, such as *validation accuracy*, by epoch (the series' index)."""
+def plot_curves(curves: Mapping[str, Any], label: str, title: str = "") -> Figure:
+    """One line a run: its `label`, such as *validation accuracy*, at the end of every epoch."""
     fig, axes = new_figure(6.5, 3.4)
     for (name, values), colour in zip(curves.items(), cycle(OKABE_ITO[::-1]), strict=False):
-        legend = fit_text(f"best {values.max():.3f}: {name}", 3.5, 8)
-        _draw_curve(axes[0, 0], values, legend, colour)
-    _finish_panel(axes[0, 0], title, label, max(values.index.max() for values in curves.values()))
+        line = pd.Series(np.asarray(values), index=range(1, len(values) + 1))
+        legend = fit_text(f"best {line.max():.3f}: {name.replace('_', ' ')}", 3.5, 8)
+        _draw_curve(axes[0, 0], line, legend, colour)
+    _finish_panel(axes[0, 0], title, label, max(map(len, curves.values())))
     return fig
 
 
@@ -460,9 +467,13 @@ def plot_per_class(table: pd.DataFrame) -> Figure:
 
 
 def plot_comparison(
-    results: Mapping[str, Estimate], published: Mapping[str, float], metric: str = "accuracy"
+    metrics: Mapping[str, Mapping[str, Estimate]],
+    published: Mapping[str, float] | None = None,
+    metric: str = "accuracy",
 ) -> Figure:
-    """Measured results (points, 95 % intervals) over published values (diamonds) of `metric`."""
+    """`metric` of each model (points, 95 % intervals) over published values (diamonds) of it."""
+    results = {name.replace("_", " "): found[metric] for name, found in metrics.items()}
+    published = published or {}
     names, ours, theirs = [*results, *published], range(len(results)), [*published.values()]
     fig, axes = new_figure(9, 1.2 + 0.36 * len(names))
     ax = axes[0, 0]
@@ -470,13 +481,9 @@ def plot_comparison(
         ax.plot([e.low, e.high], [row, row], "|-", color=BLUE, lw=2, ms=11, mew=1.5)
     values, label = [e.value for e in results.values()], "measured here, with its 95 % interval"
     ax.plot(values, ours, "o", color=BLUE, ms=5, label=label)
-    style = {
-        "color": RED,
-        "ms": 8,
-        "mfc": "white",
-        "label": "published (trained, tested elsewhere)",
-    }
-    ax.plot(theirs, range(len(results), len(names)), "D", **style)
+    style = {"color": RED, "ms": 8, "mfc": "white", "label": "published (tested elsewhere)"}
+    if theirs:
+        ax.plot(theirs, range(len(results), len(names)), "D", **style)
     for row, text in enumerate([*map(str, results.values()), *(f"{v:.3f}" for v in theirs)]):
         ax.text(1.02, row, text, transform=ax.get_yaxis_transform(), va="center", size=9)
     _name_rows(ax, names)

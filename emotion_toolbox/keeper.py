@@ -110,6 +110,12 @@ class FitResult:
     finished: str  # why it ended
 
 
+def highest_rates(rates: Callable[[int], tuple[float, float]], steps: int) -> dict[str, float]:
+    """The highest learning rates of an epoch, from those of head and backbone at each step."""
+    heads, backbones = zip(*map(rates, range(steps)), strict=True)
+    return {"lr_head": max(heads), "lr_backbone": max(backbones)}
+
+
 def epoch_line(row: Mapping[str, Any], epochs: int, best: bool) -> str:
     """An epoch in one line of at most 80 characters; `best` marks it."""
     ema = row.get("val_ema_macro_f1")

@@ -1,13 +1,16 @@
 """What predictions are worth: figures of confusion matrices, calibration, the gap."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import classification_report, f1_score
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from emotion_toolbox.emotions import MIKELS_CLASSES, POSITIVE_EMOTIONS
 
@@ -257,6 +260,18 @@ def most_confused_pairs(
         }
     )
     return table.sort_values("count", ascending=False, kind="stable", ignore_index=True).head(top)
+
+
+def fit_probe(
+    features: Mapping[str, npt.NDArray[np.float32]], labels: Mapping[str, Labels]
+) -> tuple[Pipeline, float]:
+    """Standardisation and logistic regression, with the C that is best on the validation split."""
+    probes = {}
+    for strength in np.logspace(-4, 0, 9):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+        probes[strength] = probe.fit(features["train"], labels["train"])
+    best = max(probes, key=lambda c: probes[c].score(features["val"], labels["val"]))
+    return probes[best], float(best)
 
 
 def gap_verdict(train_accuracy: float, val_accuracy: float, n_val: int, classes: int = 2) -> str:

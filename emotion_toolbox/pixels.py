@@ -14,6 +14,7 @@ CPU_CHUNK = 2  # images a thread
 
 Channels = Sequence[float]  # one value each for red, green and blue
 Factor = Tensor | None  # [B], one value for each image; None leaves the adjustment out
+Floats = npt.NDArray[np.float64]
 ColourJitter = Callable[[Tensor, Factor, Factor, Factor, Factor], Tensor]
 
 
@@ -157,3 +158,36 @@ def denormalise(images: Tensor, mean: Channels, std: Channels) -> npt.NDArray[np
     centre, spread = channel_constants(mean, std, images.device)
     pixels = (images.detach().float() * spread + centre).mul_(255).round_().clamp_(0, 255)
     return np.asarray(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy(), dtype=np.uint8)
+
+
+def between(limits: tuple[float, float], uniform: Floats) -> Floats:
+    """Numbers between two limits from `uniform` ones in [0, 1)."""
+    return limits[0] + uniform * (limits[1] - limits[0])
+
+
+def crop_sizes(scale: tuple[float, float], stretch: float, area: Floats, ratio: Floats) -> Floats:
+    """Widths and heights [2, B] of crops, as shares of a square's side, from uniforms [B, tries].
+
+    As torchvision's ``RandomResizedCrop``: areas in `scale`, aspect ratios from 1 / `stretch` to
+    `stretch`; the first try that fits, or else all of the image.
+    """
+    side, root = np.sqrt(between(scale, area)), stretch ** (ratio - 0.5)
+    sizes = np.stack((side * root, side / root))  # [2, B, tries]
+    fits = np.all(sizes <= 1, axis=0)
+    first = np.take_along_axis(sizes, fits.argmax(axis=1)[None, :, None], axis=2)[..., 0]
+    return np.where(np.any(fits, axis=1), first, 1.0)
+
+
+def random_boxes(
+    size: int, areas: tuple[float, float], ratios: tuple[float, float], area: Floats,
+    ratio: Floats, x: Floats, y: Floats,
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """Boxes [B, 4] (left, top, right, bottom) in a square of `size` pixels, from uniforms [B].
+
+    As torchvision's ``RandomErasing``: a share of the square in `areas`, heights to widths in
+    `ratios`.
+    """
+    shares, tall = between(areas, area), ratios[0] * (ratios[1] / ratios[0]) ** ratio
+    sides = np.rint(size * np.sqrt([shares / tall, shares * tall]))  # width, height [2, B]
+    corner = np.floor([x, y] * (size - sides + 1))
+    return np.concatenate((corner, corner + sides)).T.astype(np.int64)

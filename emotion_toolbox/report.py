@@ -6,6 +6,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.files import resolve_path, write_text
 from emotion_toolbox.keeper import FitResult
 from emotion_toolbox.measures import Estimate
+from emotion_toolbox.settings import settings_hash
 from emotion_toolbox.tables import EmotionData
 
 BASELINE_NAMES = {"from_scratch": "from random weights", "plain_finetune": "plain fine-tune"}
@@ -43,23 +45,24 @@ PUBLISHED_EMOSET = {
 }
 
 
-def run_name(data: EmotionData, model: str, settings: str) -> str:
-    """Data set, model, and a hash of `settings` (their hash) and the data's names and labels."""
-    facts = [settings, *(split.fingerprint() for split in data.splits.values())]
-    digest = hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
-    name = "sample" if data.synthetic else data.root.name
-    return re.sub(r"[^\w.-]+", "_", f"{name}-{model}-{digest}")
+def make_run_folder(settings: Any, data: EmotionData) -> Path:
+    """Create and return the folder of the run with these `settings`.
 
-
-def make_run_folder(output_root: str, name: str) -> Path:
-    """Create the run's folder and return it; raises ``ConfigError`` if it cannot be written."""
-    folder = resolve_path(output_root) / name
+    Its name is ``RUN_NAME``, or that of data and network with a hash of the settings and of the
+    data's names and labels. Raises ``ConfigError`` if it cannot be written.
+    """
+    name, root = settings.RUN_NAME, settings.OUTPUT_ROOT
+    if name == "auto":
+        facts = [settings_hash(settings), *(split.fingerprint() for split in data.splits.values())]
+        digest = hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+        source = "sample" if data.synthetic else data.root.name
+        name = re.sub(r"[^\w.-]+", "_", f"{source}-{settings.MODEL_NAME}-{digest}")
+    folder = resolve_path(root) / name
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"OUTPUT_ROOT={output_root!r}: {folder} cannot be written ({error}); "
-            "choose another folder"
+            f"OUTPUT_ROOT={root!r}: {folder} cannot be written ({error}); choose another folder"
         ) from error
     return folder
 
@@ -135,9 +138,7 @@ def summarise_run(
 ) -> dict[str, Any]:
     """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline."""
     gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
-    figures = {
-        name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()
-    }
+    figures = {name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()}
     return {
         "dataset": data.name,
         "synthetic": data.synthetic,
@@ -151,7 +152,7 @@ def summarise_run(
         "finished": result.finished,
         "metrics": {split: figures[split] for split in ("val", "test")},
         "baselines": {name: figures[name] for name in tests},
-        "paired_tests": {name: test.to_json() for name, test in tests.items()},
+        "paired_tests": {name: asdict(test) for name, test in tests.items()},
         "train_val_gap": float(gaps[result.best_epoch]),
         "seconds": result.seconds,
         "images_per_second": result.images_per_second,

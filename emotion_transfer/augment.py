@@ -16,22 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emotion_toolbox.pixels import (
-    ColourJitter,
-    blur_some,
-    channel_constants,
-    check_pixels,
-    chunks,
-    colour_factors,
-    erase_boxes,
-    jitter_colours,
-    send_to,
-)
+    ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, chunks,
+    colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
+)  # fmt: skip
 from emotion_transfer.config import EnhancedConfig
 
 
@@ -57,40 +49,15 @@ AUGMENT_COLUMNS = (
 )
 CROP_TRIES, CROP_RATIO = 10, 4 / 3  # aspect ratios from 3:4 to 4:3
 AUGMENT_DRAWS = len(AUGMENT_COLUMNS) + 2 * CROP_TRIES
-
 BLUR_SIGMA = (0.5, 1.5)  # pixels
 ERASE_AREA = (0.02, 0.2)  # share of the image; the usual 0.33 can hide what an image shows
 ERASE_RATIO = (0.3, 3.3)
 
-Floats = npt.NDArray[np.float64]
-
-
-def between(limits: tuple[float, float], uniform: Floats) -> Floats:
-    """Numbers between two limits from `uniform` ones in [0, 1)."""
-    return limits[0] + uniform * (limits[1] - limits[0])
-
 
 # %% [markdown]
-# A crop has a random area and a random aspect ratio
-# ([Szegedy et al. 2015](https://arxiv.org/abs/1409.4842)), drawn again where it would not fit into
-# the image. It need not begin at a whole pixel, because the resampling below does not either.
-
-
-# %%
-def draw_crops(scale: tuple[float, float], area: Floats, ratio: Floats) -> Floats:
-    """Widths and heights [2, B] of crops, as shares of a square's side, from uniforms [B, tries].
-
-    As torchvision's ``RandomResizedCrop``: the first try that fits, or else all of the image.
-    """
-    side, stretch = np.sqrt(between(scale, area)), CROP_RATIO ** (ratio - 0.5)
-    sizes = np.stack((side * stretch, side / stretch))  # [2, B, tries]
-    fits = np.all(sizes <= 1, axis=0)
-    first = np.take_along_axis(sizes, fits.argmax(axis=1)[None, :, None], axis=2)[..., 0]
-    return np.where(np.any(fits, axis=1), first, 1.0)
-
-
-# %% [markdown]
-# Crop, mirror image and rotation are all *affine*: together they are one 2 x 3 matrix that says
+# A crop has a random area and aspect ratio, as torchvision's `RandomResizedCrop` draws them
+# (`crop_sizes??`; [Szegedy et al. 2015](https://arxiv.org/abs/1409.4842)). Crop, mirror image and
+# rotation are all *affine*: together they are one 2 x 3 matrix that says
 # where in the stored image each pixel of the output looks. One resampling instead of three is
 # faster, and sharper. Where a rotated crop looks beyond its own edge it sees what really lies
 # there, not black corners.
@@ -99,7 +66,7 @@ def draw_crops(scale: tuple[float, float], area: Floats, ratio: Floats) -> Float
 # %%
 def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Floats:
     """Matrices [B, 2, 3] of crop, flip and rotation; `tries` are uniforms [B, 2 * CROP_TRIES]."""
-    width, height = draw_crops(cfg.CROP_SCALE, *np.split(tries, 2, axis=1))
+    width, height = crop_sizes(cfg.CROP_SCALE, CROP_RATIO, *np.split(tries, 2, axis=1))
     x = (2 * u["crop_x"] - 1) * (1 - width)
     y = (2 * u["crop_y"] - 1) * (1 - height)
     mirror = np.where(u["flip"] < cfg.FLIP_PROB, -1.0, 1.0)
@@ -110,23 +77,8 @@ def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Flo
 
 
 # %% [markdown]
-# Random erasing hides a rectangle, so that no single detail decides
-# ([Zhong et al. 2020](https://arxiv.org/abs/1708.04896)).
-
-
-# %%
-def draw_erase(cfg: EnhancedConfig, u: dict[str, Floats]) -> npt.NDArray[np.int64]:
-    """Boxes [B, 4] (left, top, right, bottom) to erase, or empty ones."""
-    area = between(ERASE_AREA, u["erase_area"])
-    ratio = ERASE_RATIO[0] * (ERASE_RATIO[1] / ERASE_RATIO[0]) ** u["erase_ratio"]
-    sides = np.rint(cfg.IMG_SIZE * np.sqrt([area / ratio, area * ratio]))  # width, height [2, B]
-    corner = np.floor([u["erase_x"], u["erase_y"]] * (cfg.IMG_SIZE - sides + 1))
-    boxes = np.concatenate((corner, corner + sides)).T.astype(np.int64)
-    return np.where(u["erase"][:, None] < cfg.ERASE_PROB, boxes, 0)
-
-
-# %% [markdown]
-# All of it together. A setting of 0 switches its part off *exactly*, so what a part is worth can be
+# All of it together. Random erasing hides a rectangle, so that no single detail decides
+# ([Zhong et al. 2020](https://arxiv.org/abs/1708.04896)). A setting of 0 switches its part off *exactly*, so what a part is worth can be
 # measured by leaving it out. (For the crop that setting is `CROP_SCALE = (1, 1)`: always all of the
 # stored image.)
 
@@ -141,8 +93,11 @@ def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
     swings = 2 * np.stack([u["brightness"], u["contrast"], u["saturation"], u["hue"]], axis=1) - 1
     colour = [1, 1, 1, 0] + swings * [cfg.BRIGHTNESS, cfg.CONTRAST, cfg.SATURATION, cfg.HUE]
     blur = np.where(u["blur"] < cfg.BLUR_PROB, between(BLUR_SIGMA, u["blur_sigma"]), 0.0)
+    where = [u["erase_area"], u["erase_ratio"], u["erase_x"], u["erase_y"]]
+    boxes = random_boxes(cfg.IMG_SIZE, ERASE_AREA, ERASE_RATIO, *where)
+    erase = np.where(u["erase"][:, None] < cfg.ERASE_PROB, boxes, 0)
     floats = [part.astype(np.float32) for part in (theta, colour, blur)]
-    return Augmentation(*map(torch.from_numpy, (*floats, draw_erase(cfg, u))))
+    return Augmentation(*map(torch.from_numpy, (*floats, erase)))
 
 
 # %% [markdown]

@@ -17,23 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from emotion_toolbox.backbones import BACKBONES, make_backbone
 from emotion_toolbox.batches import EmotionDataset, extract_features
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.keeper import keep_result
+from emotion_toolbox.measures import fit_probe
 from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.model import build_model
 
-SCRATCH_EPOCHS = 8  # at most; it shows where the curve begins, not where it would end
+SCRATCH_EPOCHS = 4  # at most; it shows where the curve begins, not where it would end
 Datasets = Mapping[str, EmotionDataset]
 Answer = dict[str, Any]  # probabilities [N, C] of the test images, a note and, of training, a curve
 
@@ -52,18 +49,6 @@ def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 
 
 # %%
-def fit_probe(
-    features: Mapping[str, npt.NDArray[np.float32]], labels: Mapping[str, npt.NDArray[np.int64]]
-) -> tuple[Pipeline, float]:
-    """Standardisation and logistic regression, with the C that is best on the validation split."""
-    probes = {}
-    for strength in np.logspace(-4, 0, 9):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-        probes[strength] = probe.fit(features["train"], labels["train"])
-    best = max(probes, key=lambda c: probes[c].score(features["val"], labels["val"]))
-    return probes[best], float(best)
-
-
 def linear_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """Logistic regression on the frozen backbone's features."""
     torch.manual_seed(cfg.SEED)  # for random weights, where WEIGHTS is None
@@ -95,12 +80,13 @@ def scratch_config(cfg: EnhancedConfig) -> EnhancedConfig:
 
 def plain_config(cfg: EnhancedConfig) -> EnhancedConfig:
     """The settings of the plain fine-tune that belongs to `cfg`."""
+    off = ("MIXUP_ALPHA", "CUTMIX_ALPHA", "MIX_PROB", "LABEL_SMOOTHING", "EMA_DECAY", "DROPOUT",
+           "ROTATION", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR_PROB",
+           "ERASE_PROB")  # fmt: skip
     return dataclasses.replace(
-        cfg, HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4, BACKBONE_BATCHNORM="train",
-        WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0), PATIENCE=cfg.EPOCHS, INIT_FROM=None, BALANCE="none",
-        MIXUP_ALPHA=0.0, CUTMIX_ALPHA=0.0, MIX_PROB=0.0, LABEL_SMOOTHING=0.0, EMA_DECAY=0.0,
-        DROPOUT=0.0, ROTATION=0.0, BRIGHTNESS=0.0, CONTRAST=0.0, SATURATION=0.0, HUE=0.0,
-        BLUR_PROB=0.0, ERASE_PROB=0.0,
+        cfg, **dict.fromkeys(off, 0.0), HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4,
+        BALANCE="none", BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
+        PATIENCE=cfg.EPOCHS, INIT_FROM=None,
     )  # fmt: skip
 
 

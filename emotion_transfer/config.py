@@ -117,7 +117,7 @@ def check_config(cfg: EnhancedConfig) -> None:
     if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
         raise ConfigError(
             f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={cfg.IMG_SIZE} and 1.3 times "
-            f"that; None gives {default_cache_size(cfg.IMG_SIZE)}"
+            f"that; None gives {round(cfg.IMG_SIZE * 8 / 7)}"
         )
 
 
@@ -127,14 +127,9 @@ def check_config(cfg: EnhancedConfig) -> None:
 
 
 # %%
-def default_cache_size(img_size: int) -> int:
-    """8/7 of the image size, the resize-to-crop ratio of ImageNet evaluation (256 for 224)."""
-    return round(img_size * 8 / 7)
-
-
 def cache_size(cfg: EnhancedConfig) -> int:
-    """Side in pixels of the squares kept in the image cache."""
-    return cfg.CACHE_SIZE or default_cache_size(cfg.IMG_SIZE)
+    """Side of the squares that are kept: 8/7 of what the network sees, as 256 is of 224."""
+    return cfg.CACHE_SIZE or round(cfg.IMG_SIZE * 8 / 7)
 
 
 def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
@@ -150,7 +145,7 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # for, which always wins. A misspelt name is answered with the nearest right ones.
 
 # %%
-QUICK_PROFILE: Mapping[str, Any] = {
+QUICK_PROFILE = {
     **{"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96, "LR_BACKBONE": 3e-4}
 }
 

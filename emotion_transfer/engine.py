@@ -12,7 +12,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +21,22 @@ from torch import Tensor, nn
 from emotion_toolbox.backbones import batch_norms
 from emotion_toolbox.batches import Batch, EmotionDataset, batch_slices, fetch_ahead, training_order
 from emotion_toolbox.device import (
-    Meter, StatisticsGuard, choose_amp, choose_device, device_name, keep_freed_memory, make_scaler,
-    memory_advice, memory_in_use, move_average, precision, set_deterministic, void_unless,
+    Meter,
+    StatisticsGuard,
+    choose_amp,
+    choose_device,
+    device_name,
+    keep_freed_memory,
+    make_scaler,
+    memory_advice,
+    memory_in_use,
+    move_average,
+    precision,
+    set_deterministic,
+    void_unless,
 )  # fmt: skip
 from emotion_toolbox.draws import draw_uniforms, step_seed
-from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
+from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable, highest_rates
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.pixels import jitter_colours
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
@@ -35,7 +45,7 @@ from emotion_transfer.evaluation import predict
 from emotion_transfer.losses import SoftTargetLoss, class_weights
 from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
 from emotion_transfer.model import EmotionClassifier, make_optimizer, set_training_mode, thaw_level
-from emotion_transfer.schedule import highest_rates, set_learning_rates
+from emotion_transfer.schedule import rates_at, set_learning_rates
 
 Augment = Callable[["Trainer", Batch, int, int], tuple[Tensor, Tensor]]  # as augment_batch
 
@@ -51,16 +61,14 @@ class Trainer(Resumable):
         keep_freed_memory()
         model.to(self.device).requires_grad_(True)  # begin_epoch decides what trains
         self.amp = amp or choose_amp(cfg.AMP, model, cfg.IMG_SIZE, measure=not cfg.DETERMINISTIC)
-        weight = torch.ones(len(train.classes))
-        if cfg.BALANCE == "weights":
-            weight = class_weights(train.split.labels, len(train.classes))
+        weight = class_weights(train.split.labels, len(train.classes))
+        weight = weight if cfg.BALANCE == "weights" else torch.ones_like(weight)
         self.loss = SoftTargetLoss(weight, cfg.LABEL_SMOOTHING).to(self.device)
         self.optimizer = make_optimizer(cfg, model)
         self.scaler = make_scaler(self.device, self.amp)
         self.average = copy.deepcopy(model).requires_grad_(False) if cfg.EMA_DECAY else None
         self.meter = Meter(self.device, cfg.LOG_EVERY)
-        self.guard = StatisticsGuard([])
-        self.augment = augment or augment_batch
+        self.guard, self.augment = StatisticsGuard([]), augment or augment_batch
         self.network, self.jitter = model, jitter_colours  # or their compiled forms
         asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": self.amp}
         self.predict = functools.partial(predict, **asked)
@@ -217,8 +225,9 @@ def end_epoch(
     about = {"name": best.name, "classes": list(val.classes), "source": source}
     weights = {"model": best.state_dict(), **about}
     keeper.save_best(progress, found.score(cfg.MONITOR), found.loss, weights)
+    rates = functools.partial(rates_at, cfg, epoch, steps=steps)
     row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
-           **highest_rates(cfg, epoch, steps), "memory_mb": memory_in_use(trainer.device),
+           **highest_rates(rates, steps), "memory_mb": memory_in_use(trainer.device),
            "skipped_steps": totals.skipped}  # fmt: skip
     everything = thaw_level(cfg, epoch) == 2
     progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if everything else None)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerAttribution, LayerGradCam
+from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,22 +25,17 @@ def predict(
     model: EmotionClassifier, dataset: EmotionDataset, *, size: int, batch_size: int,
     amp: str = "off", positions: npt.NDArray[np.int64] | None = None, progress: str = "",
 ) -> Predictions:  # fmt: skip
-    """Run `model` over the images of `dataset` (or those at `positions`), in order.
-
-    `progress` labels a bar.
-    """
-    device, spec = next(model.parameters()).device, model.spec
-    order = np.arange(len(dataset)) if positions is None else positions
-    slices = batch_slices(order, batch_size)
-    labels, scores = [], []
-    bar = tqdm(total=len(slices), desc=progress, unit="batch", leave=False, disable=not progress)
-    with eval_mode(model), bar:
-        for batch in fetch_ahead(dataset, slices, device):
+    """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar."""
+    device, spec, labels, scores = next(model.parameters()).device, model.spec, [], []
+    slices = batch_slices(np.arange(len(dataset)) if positions is None else positions, batch_size)
+    batches = fetch_ahead(dataset, slices, device)
+    bar = tqdm(batches, progress, len(slices), unit="batch", leave=False, disable=not progress)
+    with eval_mode(model):
+        for batch in bar:
             images = prepare_images(batch.images, size, spec.mean, spec.std)
             with precision(device, amp):
                 scores.append(model(images).float())
             labels.append(batch.labels)
-            bar.update()
     logits, truth = torch.cat(scores).cpu().double(), torch.cat(labels).cpu()
     loss = float(F.cross_entropy(logits, truth))
     return Predictions(truth.numpy(), logits.softmax(1).numpy(), loss)
@@ -57,16 +52,10 @@ def predict(
 def grad_cam(
     model: nn.Module, layer: nn.Module, images: Tensor, classes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Maps [B, h, w] in 0..1, a cell a place of `layer`, for normalised images [B, 3, H, W].
-
-    A map is all zero where nothing in the image speaks for its class, of `classes` [B].
-    """
-    wanted = torch.as_tensor(classes, device=images.device)
+    """Maps [B, h, w] in 0..1 of what speaks for `classes` [B] in images [B, 3, H, W]."""
+    asked, wanted = images.detach().requires_grad_(), torch.as_tensor(classes).to(images.device)
     with eval_mode(model), torch.enable_grad():
-        maps = LayerGradCam(model, layer).attribute(
-            images.detach().requires_grad_(), wanted, relu_attributions=True
-        )
-    maps = maps.detach()[:, 0]
-    highest = maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    heat: npt.NDArray[np.float32] = (maps / highest).clamp(0, 1).float().cpu().numpy()
-    return heat
+        maps = LayerGradCam(model, layer).attribute(asked, wanted, relu_attributions=True)
+    heat = maps.detach()[:, 0].float()
+    highest = heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)  # all 0 where nothing does
+    return np.asarray((heat / highest).clamp(0, 1).cpu().numpy())

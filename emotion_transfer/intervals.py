@@ -11,7 +11,7 @@
 
 # %%
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
-    Estimate, calibration_estimate, check_labels, check_probabilities, confusion_metrics,
+    Estimate,
+    calibration_estimate,
+    check_labels,
+    check_probabilities,
+    confusion_metrics,
     hits_by_name,
 )  # fmt: skip
 
@@ -71,10 +75,6 @@ class PairedTest:
     ours_only: int  # images that only our model gets right
     other_only: int
     p_value: float  # two-sided, exact McNemar
-
-    def to_json(self) -> dict[str, object]:
-        """The fields, ready for ``json.dumps``."""
-        return asdict(self)
 
 
 def paired_test(

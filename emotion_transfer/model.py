@@ -9,7 +9,6 @@
 # map, a batch normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then half as strong.
 
 # %%
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -125,22 +124,3 @@ def make_optimizer(cfg: EnhancedConfig, model: EmotionClassifier) -> torch.optim
             rates = {"lr": rate, "base_lr": rate, "weight_decay": decay}
             groups.append({"name": f"{part}.{kind}", "params": chosen, **rates})
     return torch.optim.AdamW(groups, fused=next(model.parameters()).device.type in ("cuda", "cpu"))
-
-
-# %% [markdown]
-# How large is each stage, and when does it start to train? The picture below is drawn from this
-# table.
-
-
-# %%
-def stage_table(cfg: EnhancedConfig, model: EmotionClassifier) -> pd.DataFrame:
-    """Stage, parameters, their share, and the epoch (from 1) it trains from, None for never."""
-    starts, rows = (0, *thaw_epochs(cfg)), []
-    total = sum(p.numel() for p in model.parameters())
-    for stage, modules in model.stage_modules().items():
-        count = sum(p.numel() for module in modules for p in module.parameters())
-        start = next(starts[i] for i in range(3) if stage in trainable_stages(model, i))
-        rows.append((stage, count, count / total, start + 1 if start < cfg.EPOCHS else None))
-    columns = ["stage", "parameters", "share", "trains_from"]
-    table = pd.DataFrame(rows, columns=columns, dtype=object)
-    return table.astype({"parameters": int, "share": float})

@@ -11,7 +11,6 @@
 # %%
 import math
 
-import pandas as pd
 import torch
 
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
@@ -34,8 +33,8 @@ def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps
 
 
 # %% [markdown]
-# Every step sets the rates of all parameter groups anew; and for the picture, the whole schedule
-# can be computed beforehand.
+# Every step sets the rates of all parameter groups anew; and for the picture, they can be known
+# beforehand.
 
 
 # %%
@@ -47,19 +46,8 @@ def set_learning_rates(
         group["lr"] = learning_rate(cfg, group["base_lr"], epoch, step, steps)
 
 
-def schedule_table(cfg: EnhancedConfig, steps: int) -> pd.DataFrame:
-    """Columns epoch (fractional, from 0), lr_head and lr_backbone (NaN while that is frozen)."""
-    rows = []
-    for epoch in range(cfg.EPOCHS):
-        backbone = cfg.LR_BACKBONE if epoch >= thaw_epochs(cfg)[0] else math.nan
-        for step in range(0, steps, max(1, steps // 20)):
-            rates = [learning_rate(cfg, b, epoch, step, steps) for b in (cfg.LR_HEAD, backbone)]
-            rows.append((epoch + step / steps, *rates))
-    return pd.DataFrame(rows, columns=["epoch", "lr_head", "lr_backbone"])
-
-
-def highest_rates(cfg: EnhancedConfig, epoch: int, steps: int) -> dict[str, float]:
-    """The highest ``lr_head`` and ``lr_backbone`` of `epoch` in ``schedule_table``."""
-    table = schedule_table(cfg, steps)
-    now = table[table["epoch"].astype(int) == epoch].drop(columns="epoch")
-    return now.max().to_dict()
+def rates_at(cfg: EnhancedConfig, epoch: int, step: int, steps: int) -> tuple[float, float]:
+    """The rates of head and backbone; NaN for a backbone that is frozen as a whole."""
+    backbone = cfg.LR_BACKBONE if epoch >= thaw_epochs(cfg)[0] else math.nan
+    head, backbone = (learning_rate(cfg, b, epoch, step, steps) for b in (cfg.LR_HEAD, backbone))
+    return head, backbone

@@ -12,10 +12,10 @@ from sklearn.preprocessing import StandardScaler
 from small_run import install_small_network, memory_datasets, small_config
 
 from emotion_toolbox.backbones import BACKBONES, make_backbone
+from emotion_toolbox.measures import fit_probe
 from emotion_toolbox.pixels import prepare_images
 from emotion_transfer import baselines as module
 from emotion_transfer.baselines import (
-    fit_probe,
     majority,
     plain_config,
     run_baseline,
@@ -164,8 +164,8 @@ def test_the_plain_fine_tune_is_trained_and_tested(tmp_path):
 def test_from_random_weights_is_the_same_recipe_without_imagenet(tmp_path):
     cfg = small_config(tmp_path, EPOCHS=20, MODEL_NAME="efficientnet_lite0", WEIGHTS="DEFAULT")
     scratch = scratch_config(cfg)
-    assert scratch.WEIGHTS is None and scratch.EPOCHS == 8
-    assert cycle_bounds(scratch) == [(0, 8)]
+    assert scratch.WEIGHTS is None and scratch.EPOCHS == 4
+    assert cycle_bounds(scratch) == [(0, 4)]
     model, pretrained = build_model(scratch, 3), make_backbone(cfg.MODEL_NAME, cfg.WEIGHTS)
     ours = dict(model.backbone.named_parameters())
     assert not any(torch.equal(p, ours[n]) for n, p in pretrained.named_parameters() if p.ndim > 1)

@@ -694,11 +694,14 @@ def test_an_edited_toolbox_cell_is_in_force_everywhere(shell: Shell) -> None:
 
 
 def test_a_toolbox_edit_that_fails_changes_nothing(shell: Shell) -> None:
-    for _ in range(2):  # and says so every time
-        mistake = shell.edit("toolbox-sizes", "UNIT = 10", "UNIT = ten")
-        assert "NameError: name 'ten' is not defined" in mistake and "sizes.py" in mistake
+    for wrong, why in 2 * [
+        ("UNIT = ten", "NameError: name 'ten'"),
+        ("UNIT = (", "SyntaxError: '('"),
+    ]:
+        said = shell.edit("toolbox-sizes", "UNIT = 10", wrong)  # the same one again, too
+        assert why in said and "sizes.py" in said
         assert shell("print(double(1), area(1), larger(1), UNIT)") == "12 12 22 10\n"
-        shell.cells["toolbox-sizes"] = shell.cells["toolbox-sizes"].replace("= ten", "= 10")
+        shell.cells["toolbox-sizes"] = shell.cells["toolbox-sizes"].replace(wrong, "UNIT = 10")
     assert shell.edit("toolbox-sizes", "UNIT = 10", "UNIT = 30") == ""
     assert shell("print(double(1), area(1), larger(1), UNIT)") == "32 32 62 30\n"
     folder = Path(shell("print(FOLDER.name)").strip())
@@ -1283,6 +1286,8 @@ def test_execute_runs_every_cell_here(
     ]
     assert [line for line in out if "epoch" in line] == ["epoch 0: loss 0.0", "epoch 1: loss 0.1"]
     assert "a reader's output" not in out
+    shown = re.findall(r"(?m)^cell \d+/\d+  (\w+)$", said.out)
+    assert shown == ["start", "toolbox", "start", "injected", "data", "model", "end"]
     assert not re.search("error|interrupt|warning", said.out + said.err, re.IGNORECASE)
 
     by_id = {cell.id: cell for cell in notebook.cells}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jupytext
 import pytest
 
 from emotion_toolbox.errors import ConfigError
@@ -129,6 +130,51 @@ def test_no_other_variable_of_the_notebook_is_called_like_a_setting() -> None:
             if id(node) not in inside
         }
         assert not stored & names, file
+
+
+def run_settings_section(names: dict[str, Any], beside: str) -> None:
+    """Run the notebook's settings cells on the variables `names`, with a cell after the parameters.
+
+    That is where papermill puts what it is given.
+    """
+    section = jupytext.read(ROOT / "notebooks/sections/02_settings.py")
+    for cell in (cell for cell in section.cells if cell.cell_type == "code"):
+        exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", ()):
+            exec(beside, names)
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ("EPOCHS = 1", (1, 42, "auto")),
+        ("EPOCHS = 1\nDATA_ROOT = 'some/folder'", (1, 42, "files")),
+        ("OVERRIDES = {'EPOCHS': 5, 'SEED': 3}; EPOCHS = 2", (2, 3, "auto")),
+    ],
+)
+def test_parameters_of_papermill_reach_the_configuration(
+    beside: str, expected: tuple[int, int, str]
+) -> None:
+    names: dict[str, Any] = {}
+    run_settings_section(names, beside)
+    shaped = names["cfg"].EPOCHS, names["cfg"].SEED, names["cfg"].DATASET
+    assert shaped == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ("OVERRIDES = ['EPOCHS', 1]", "OVERRIDES must be"),
+        ("OVERRIDES = {'EPOCH': 3}", "did you mean EPOCHS"),
+        ("EPOCHS = 'many'", "EPOCHS='many' must be a whole number"),
+    ],
+)
+def test_what_was_made_before_does_not_outlive_a_wrong_setting(beside: str, named: str) -> None:
+    """In a warm kernel, Run All goes on after a cell that failed: later cells must fail too."""
+    names = dict.fromkeys(("cfg", "datasets", "run_dir", "model", "result"), "of the run before")
+    with pytest.raises(ConfigError, match=named):
+        run_settings_section(names, beside)
+    assert not {"cfg", "datasets", "run_dir", "model", "result"} & names.keys()
 
 
 def test_forget() -> None:

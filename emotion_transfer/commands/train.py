@@ -5,31 +5,56 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from emotion_toolbox.backbones import choose_backbone
+from emotion_toolbox.batches import EmotionDataset, open_datasets
+from emotion_toolbox.cache import DecodedData
+from emotion_toolbox.device import choose_device, seed_everything
 from emotion_toolbox.export import export_model
 from emotion_toolbox.keeper import load_initial_weights
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
+    make_run_folder,
     prediction_table,
     summarise_run,
     write_predictions,
     write_summary,
 )
+from emotion_toolbox.sample import load_data
 from emotion_toolbox.settings import parse_setting
+from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
-from emotion_transfer.config import EnhancedConfig, cache_size
+from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, cache_size, make_config
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions, paired_test
 from emotion_transfer.model import build_model
-from emotion_transfer.run import open_data, open_run
+
+
+def open_data(
+    cfg: EnhancedConfig, listed: EmotionData
+) -> tuple[DecodedData, dict[str, EmotionDataset]]:
+    """The datasets as `cfg` asks for them."""
+    return open_datasets(
+        listed, cache_size(cfg), cache_dir=cfg.CACHE_DIR if cfg.CACHE else None,
+        threads=cfg.NUM_WORKERS, max_bad_fraction=cfg.MAX_BAD_FRACTION,
+        allow_duplicates=cfg.ALLOW_DUPLICATES, most=2 * cfg.BATCH_SIZE if cfg.DEBUG else None,
+    )  # fmt: skip
 
 
 def train(settings: dict[str, Any]) -> Path:
     """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
-    cfg, listed, run_dir = open_run(settings)
+    cfg = make_config(settings)
+    choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
+    listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
+    if listed.synthetic:
+        cfg = make_config(settings, QUICK_PROFILE)
+    network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
+    cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
+    run_dir = make_run_folder(cfg, listed)
     print(run_dir, flush=True)
     decoded, datasets = open_data(cfg, listed)
+    seed_everything(cfg.SEED)
     data, classes = decoded.data, decoded.data.classes
     model = build_model(cfg, len(classes))
     load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)

@@ -11,30 +11,37 @@
 # says nothing about photographs.
 #
 # The data come in three splits. The *training* pictures teach the network, the *validation*
-# pictures choose between epochs, and the *test* pictures are looked at once, at the end.
+# pictures choose between epochs, and the *test* pictures are looked at once, at the end. So: what is
+# there, and how many of each class?
 
 # %%
-from emotion_transfer.run import open_data, open_run
-
-# %% [markdown]
-# So: what is there, and how many of each class? Where classes differ much in number, a network is
-# tempted to ignore the rare ones. `BALANCE` decides what is done about it: `"weights"` lets a rare
-# class count more in the loss, `"sampler"` shows it more often, `"none"` leaves things as they are.
-
-# %%
+import dataclasses
 from functools import partial
 
+from emotion_toolbox.backbones import choose_backbone
 from emotion_toolbox.figures import plot_class_distribution, save_figure
-from emotion_toolbox.report import figure_note
+from emotion_toolbox.report import figure_note, make_run_folder
+from emotion_toolbox.sample import load_data
+from emotion_transfer.config import QUICK_PROFILE
 
-cfg, listed, run_dir = open_run(settings)
-note = figure_note(listed.synthetic, cfg.MODEL_NAME, cfg.DEBUG)
+listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
+if listed.synthetic:  # a quick profile; what you set yourself still wins
+    cfg = make_config(settings, QUICK_PROFILE)
+network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
+cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
+run_dir = make_run_folder(cfg, listed)
+note = figure_note(listed.synthetic, network, cfg.DEBUG)
 keep_figure = partial(save_figure, folder=run_dir / "figures", note=note)
-print(f"{listed.name} {note}\n{cfg.MODEL_NAME}, {cfg.EPOCHS} epochs at {cfg.IMG_SIZE} pixels")
-print(run_dir)
+print(f"{listed.name}: {network}, {cfg.EPOCHS} epochs at {cfg.IMG_SIZE} pixels\n{run_dir}")
 keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 
 # %% [markdown]
+# Where classes differ much in number, a network is tempted to ignore the rare ones. `BALANCE`
+# decides what is done about it: `"weights"` lets a rare class count more in the loss, `"sampler"`
+# shows it more often, `"none"` leaves things as they are. (The folder printed above is where all
+# that this run makes will lie. Its name ends in a hash of settings and data: change one that
+# shapes the result and a new run begins beside the old one; run the same again, and it goes on.)
+#
 # Every picture is **decoded once**, cut to a square a little larger than the network's input, and
 # kept in one array a split (`emotion_toolbox.cache`; `decode_data??` shows how): decoding takes
 # milliseconds, copying pixels microseconds, and training shows each picture dozens of times. The
@@ -42,7 +49,16 @@ keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 # same picture in two splits, stop the notebook.
 
 # %%
-decoded, datasets = open_data(cfg, listed)
+from emotion_toolbox.batches import open_datasets
+from emotion_toolbox.cache import decode_data
+from emotion_toolbox.device import seed_everything
+
+decoded, datasets = open_datasets(
+    listed, cache_size(cfg), cache_dir=cfg.CACHE_DIR if cfg.CACHE else None,
+    threads=cfg.NUM_WORKERS, max_bad_fraction=cfg.MAX_BAD_FRACTION,
+    allow_duplicates=cfg.ALLOW_DUPLICATES, most=2 * cfg.BATCH_SIZE if cfg.DEBUG else None,
+)  # fmt: skip
+seed_everything(cfg.SEED)  # from here on everything random follows from it
 data, train, classes = decoded.data, datasets["train"], decoded.data.classes
 print(f"{len(decoded.bad)} images cannot be used and are left out")
 decoded.bad.head(10) if len(decoded.bad) else None
@@ -76,5 +92,4 @@ if cfg.AUDIT:
     audit = audit_data(datasets, cfg.NEAR_DUPLICATE_BITS)
     print("\n".join(audit.lines()))
     if len(audit.pairs):
-        pairs = plot_image_grid(*look_alikes(datasets, audit.pairs), columns=4)
-        display(keep_figure(pairs, name="look_alikes"))
+        display(plot_image_grid(*look_alikes(datasets, audit.pairs), columns=4))

@@ -21,22 +21,19 @@ from emotion_toolbox.draws import draw_uniforms
 from emotion_toolbox.figures import plot_rows
 from emotion_toolbox.pixels import denormalise
 
-techniques: dict[str, dict[str, Any]] = {
+alone = {
     "as it is": {}, "crop": {"CROP_SCALE": cfg.CROP_SCALE}, "flip": {"FLIP_PROB": 1.0},
     "rotation": {"ROTATION": cfg.ROTATION}, "brightness": {"BRIGHTNESS": cfg.BRIGHTNESS},
     "contrast": {"CONTRAST": cfg.CONTRAST}, "saturation": {"SATURATION": cfg.SATURATION},
     "hue": {"HUE": cfg.HUE}, "blur": {"BLUR_PROB": 1.0}, "random erasing": {"ERASE_PROB": 1.0},
 }  # fmt: skip
-off = {name: 0.0 for change in techniques.values() for name in change} | {"CROP_SCALE": (1.0, 1.0)}
+off = {name: 0.0 for change in alone.values() for name in change} | {"CROP_SCALE": (1.0, 1.0)}
+varied = {name: dataclasses.replace(cfg, **off | change) for name, change in alone.items()}
 few, half = train.batch(shown[:6]).images, (0.5, 0.5, 0.5)
-draws = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS)
-rows = {}
-for name, change in {**techniques, "all together": None}.items():
-    varied = cfg if change is None else dataclasses.replace(cfg, **off | change)
-    augmented = apply_augmentation(
-        few, draw_augmentation(varied, draws), cfg.IMG_SIZE, half, half
-    )
-    rows[name] = denormalise(augmented, half, half)
+draws, rows = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS), {}
+for name, setting_of in {**varied, "all together": cfg}.items():
+    plan = draw_augmentation(setting_of, draws)
+    rows[name] = denormalise(apply_augmentation(few, plan, cfg.IMG_SIZE, half, half), half, half)
 keep_figure(plot_rows(rows, "Augmentation"), name="augmentation")
 
 # %% [markdown]

@@ -17,20 +17,26 @@
 # the backbone is *frozen*; then the last stages *thaw*, and later everything does.
 
 # %%
-from emotion_transfer.model import build_model, stage_table
+from emotion_transfer.model import build_model, trainable_stages
 
 # %% [markdown]
 # Here it is. The stages thaw from the end: what lies early is the most general, and moves last and
 # least. (With `INIT_FROM` the weights of an earlier run take the place of ImageNet's.)
 
 # %%
+from emotion_toolbox.backbones import stage_table
 from emotion_toolbox.figures import plot_stages
+from emotion_transfer.config import thaw_epochs
 from emotion_toolbox.keeper import load_initial_weights
 
 model = build_model(cfg, len(classes))
 load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
 print(f"{cfg.MODEL_NAME}, weights {cfg.INIT_FROM or cfg.WEIGHTS or 'random'}")
-keep_figure(plot_stages(stage_table(cfg, model), train.pictures([0])[0]), name="model")
+begin = {stage: epoch + 1 if epoch < cfg.EPOCHS else None
+         for level, epoch in reversed([*enumerate((0, *thaw_epochs(cfg)))])
+         for stage in trainable_stages(model, level)}  # fmt: skip
+table = stage_table(model.stage_modules(), begin)
+keep_figure(plot_stages(table, train.pictures([0])[0]), name="model")
 
 # %% [markdown]
 # What does it say *before* training? With a random head, nothing that helps. Its answers to eight

@@ -11,7 +11,7 @@
 # lost, rebuilt wrongly or stepped twice.
 
 # %%
-from emotion_transfer.schedule import schedule_table
+from emotion_transfer.schedule import rates_at
 
 # %% [markdown]
 # The plan, before training starts: marked are the epochs at which the next stages thaw, and those
@@ -20,14 +20,14 @@ from emotion_transfer.schedule import schedule_table
 # %%
 from emotion_toolbox.batches import steps_per_epoch
 from emotion_toolbox.figures import plot_schedule
-from emotion_transfer.config import thaw_epochs
 
 thaws = list(zip(thaw_epochs(cfg), ("last stages thaw", "all layers thaw"), strict=True))
 thaws = [(epoch, what) for epoch, what in thaws if 0 < epoch < cfg.EPOCHS]
 steps = steps_per_epoch(len(train), cfg.BATCH_SIZE)
 mix_off = max(0, cfg.EPOCHS - cfg.MIX_OFF_EPOCHS)
 print(f"{cfg.EPOCHS} epochs of {steps} steps with {cfg.BATCH_SIZE} images each")
-keep_figure(plot_schedule(schedule_table(cfg, steps), thaws, mix_off), name="schedule")
+rates = partial(rates_at, cfg, steps=steps)
+keep_figure(plot_schedule(rates, cfg.EPOCHS, steps, thaws, mix_off), name="schedule")
 
 # %% [markdown]
 # > **Try it:** set `LR_BACKBONE` to 0.003, the head's own rate. What happens at the thaw?

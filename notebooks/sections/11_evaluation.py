@@ -19,14 +19,9 @@ from emotion_transfer.intervals import evaluate_predictions, paired_test
 # %%
 from emotion_toolbox.report import prediction_table, write_predictions
 
-found = {split: ask(model, datasets[split], amp=result.amp, progress=split)
-         for split in ("val", "test")}  # fmt: skip
-metrics = {
-    split: evaluate_predictions(
-        p.labels, p.probabilities, classes, resamples=cfg.BOOTSTRAP, seed=cfg.SEED
-    )
-    for split, p in found.items()
-}
+found = {split: ask(model, datasets[split], amp=result.amp) for split in ("val", "test")}
+measure = partial(evaluate_predictions, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
+metrics = {s: measure(p.labels, p.probabilities, classes) for s, p in found.items()}
 test = found["test"]
 table = prediction_table(test_set, test.labels, test.predicted, test.probabilities)
 write_predictions(run_dir / "predictions_test.csv", table)

@@ -22,9 +22,7 @@ from emotion_toolbox.figures import plot_comparison, plot_curves
 
 curves = {name: answer["curve"] for name, answer in baselines.items() if "curve" in answer}
 curves["this notebook"] = result.history["val_accuracy"]
-by_epoch = {name: pd.Series(curve).set_axis(range(1, len(curve) + 1))
-            for name, curve in curves.items()}  # fmt: skip
-keep_figure(plot_curves(by_epoch, "validation accuracy"), name="curves")
+keep_figure(plot_curves(curves, "validation accuracy"), name="curves")
 
 # %% [markdown]
 # On the test pictures, read the intervals before the values. *Ours is better by* is the difference
@@ -34,13 +32,11 @@ keep_figure(plot_curves(by_epoch, "validation accuracy"), name="curves")
 # %%
 from emotion_toolbox.report import comparison_table, published_accuracies
 
-drawn = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
-compared, tests = {}, {}
-for name, answer in baselines.items():
-    p = answer["probabilities"]
-    compared[name] = evaluate_predictions(test.labels, p, classes, **drawn)
-    tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), **drawn)
+others = {name: answer["probabilities"] for name, answer in baselines.items()}
+compared = {name: measure(test.labels, p, classes) for name, p in others.items()}
 compared["this notebook"] = metrics["test"]
+tests = {name: paired_test(test.labels, test.predicted, p.argmax(1), seed=cfg.SEED)
+         for name, p in others.items()}  # fmt: skip
 comparison_table(compared, tests)
 
 # %% [markdown]
@@ -48,9 +44,8 @@ comparison_table(compared, tests)
 # their own: others measured them with other code, some on other splits.
 
 # %%
-accuracies = {name.replace("_", " "): ms["accuracy"] for name, ms in compared.items()}
 published = published_accuracies(classes, synthetic=data.synthetic)
-keep_figure(plot_comparison(accuracies, published), name="comparison")
+keep_figure(plot_comparison(compared, published), name="comparison")
 
 # %% [markdown]
 # > **Try it:** switch one technique off, `{"EMA_DECAY": 0}` say, and run with three seeds

@@ -13,13 +13,12 @@ from emotion_toolbox.report import closing_text, summarise_run, write_summary
 recorded = dataclasses.asdict(cfg)
 summary = summarise_run(recorded, data, datasets, result, metrics | compared, tests)
 write_summary(run_dir / "summary.json", summary)
-export_dir = export_model(
-    run_dir / "export", model, classes, recorded, cache_size(cfg), summary
-)
-exported = load_export(export_dir, lambda s, count: build_model(make_config(s), count))
+folder = run_dir / "export"
+export_model(folder, model, classes, recorded, cache_size(cfg), summary)
+exported = load_export(folder, lambda s, count: build_model(make_config(s), count))
 answer = predict_files(exported, [test_set.split.path(0)])[0]
 print(f"largest difference: {abs(answer - test.probabilities[0]).max():.1e}")
-sorted(file.name for file in export_dir.iterdir())
+[file.name for file in folder.iterdir()]
 
 # %% [markdown]
 # Now **your own picture**: write its path here, or use the button where your Jupyter shows one.
