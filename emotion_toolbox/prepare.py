@@ -30,7 +30,10 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "publictest"), "val"),
     **dict.fromkeys(("test", "testing", "testset", "privatetest"), "test"),
 }
-LITTER = "__macosx @eadir #recycle @recycle $recycle.bin lost+found thumbs.db desktop.ini".split()
+LITTER = (
+    *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "thumbs.db"),
+    *("desktop.ini", "system volume information"),
+)
 FEW = 10  # validation images of a class; below that, the choice of epoch is mostly chance
 
 
@@ -61,7 +64,7 @@ def split_of(name: str) -> str:
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder of this name was left by a system or a tool."""
-    return name.startswith(".") or name.lower() in (*LITTER, "system volume information")
+    return name.startswith(".") or name.lower() in LITTER
 
 
 def list_files(top: Path) -> tuple[list[Path], list[Path], Counter[str]]:
@@ -142,23 +145,26 @@ def place_folders(
     split = {h: next(filter(None, map(split_of, h)), "") if len(h) > 1 else "" for h in every}
     said, tops = {split[h] for h in filled}, {split_of(h[0]) for h in filled if h} - {""}
     given = len(tops) > 1 or "train" in said or "" not in said  # else classes are called so
-    parents, rest = {h[:-1] for h in filled}, {}
+    parents = {h[:-1] for h in filled}
+    rest: dict[Names, Names] = {}
     for home in every:
         inner = tuple(n for n in home if not given or split_of(n) != split[home])
         inner = inner or home[-1:] * (home not in parents)  # pictures of trains in train/train/
         rest[home] = inner if split[home] or not given else ()
     listed = sorted(rest[home] for home in filled if rest[home])
     outer = tuple(os.path.commonprefix(listed))[: min(map(len, listed), default=1) - 1]
-    placed, inside = {}, defaultdict[str, set[str]](set)
+    placed: dict[Names, tuple[str, str, str]] = {}
+    inside = defaultdict[str, set[str]](set)
     for home in sorted(every):
         names = rest[home][len(outer) :] if rest[home][: len(outer)] == outer else ()
-        placed[home] = (split[home] * given, *(*names, "", "")[:2])
+        label, below = (*names, "", "")[:2]
+        placed[home] = split[home] * given, label, below
         if home in filled and names:
-            inside[""].add(names[0])
-            inside[names[0]].add((*names, "")[1])
-    bare = [(label, names) for label, names in sorted(inside.items()) if "" not in names]
-    for (one, names), (two, others) in combinations(bare, 2):
-        if len(shared := sorted(names & others)) > 1:
+            inside[""].add(label)
+            inside[label].add(below)
+    bare = [(name, below) for name, below in sorted(inside.items()) if "" not in below]
+    for (one, first), (two, second) in combinations(bare, 2):
+        if len(shared := sorted(first & second)) > 1:
             home = next(home for home in sorted(filled) if placed[home][1] == two)
             folder = root.joinpath(*home[: home.index(two) + 1])
             raise DataError(
@@ -212,7 +218,9 @@ def assign_splits(
     how = f"{counts} taken from {len(rows)}{' training' * bool(given)} images by label, seed {seed}"
     if (copies := len(rows) - len(np.unique(twins))) > 0:
         how += f"; {copies} identical copies kept with their twins"
-    return table.assign(**{SPLIT: table[SPLIT].where(table[SPLIT] != rows..., )}), how
+    filled = table[SPLIT].copy()
+    filled.loc[rows.index] = taken
+    return table.assign(**{SPLIT: filled}), how
 
 
 def identical_images(paths: Sequence[Path]) -> npt.NDArray[np.int64]:
@@ -253,10 +261,16 @@ def write_data(
     unknown = table[~table["label"].isin(classes)]
     if len(unknown) or len(classes) < 2:
         where, label = unknown.iloc[0][[WHERE, "label"]] if len(unknown) else (source.origin, "")
+        if len(unknown):
+            known = ", ".join(classes)
+            raise DataError(
+                f"{where} has the unknown label {label!r}, which no training image has "
+                f"({len(unknown)} such rows); known: {known}. Correct or remove it"
+            )
+        have = ", ".join(classes) or "none"
         raise DataError(
-            f"{where} has the label {label!r}, which no training image has"
-            if len(unknown) else 
-            f"{source.origin} has fewer than two classes to train on ({', '.join(classes) or 'none'}), give CLASS/*.jpg"
+            f"{where} has fewer than two classes to train on ({have}); give the folder whose "
+            "subfolders are the classes (CLASS/*.jpg or train/CLASS/*.jpg), or a table with labels"
         )
     table, how = assign_splits(source, table, shares, seed)
     output, root = absolute(output), source.images_root
@@ -266,7 +280,11 @@ def write_data(
         table = table.assign(path=[(inside / path).as_posix() for path in table["path"]])
         root = Path(".")
     tables = {s: table[table[SPLIT] == s].drop(columns=[SPLIT, WHERE]) for s in SPLITS}
-    stats = {"name": source.name, "source": f"{source.kind}: {source.origin}", "synthetic": False}
+    stats: dict[str, Any] = {
+        "name": source.origin.stem,
+        "source": f"{source.kind}: {source.origin}",
+        "synthetic": False,
+    }
     stats |= {"images_root": root.as_posix(), "split": how, "left_out": dict(source.left_out)}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.parent) as folder:
@@ -282,6 +300,24 @@ def write_data(
         written: dict[str, Any] = json.loads((draft / "stats.json").read_text(encoding="utf-8"))
         put_in_place(draft, output)
     return written
+
+
+def refuse_other_set(draft: Path, output: Path, overwrite: bool) -> None:
+    """Raise ``DataError`` if `output` holds something that `draft` would replace unasked."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"{output} is a file; give a folder as the output")
+    names = [*(f"{split}.csv" for split in SPLITS), "label_map.json", "stats.json"]
+    there = sorted(name for name in names if (output / name).exists())
+    tables = [f"{split}.csv" for split in SPLITS]
+    same = all(
+        (output / name).is_file() and (output / name).read_bytes() == (draft / name).read_bytes()
+        for name in tables
+    )
+    if there and not same and not overwrite:
+        raise DataError(
+            f"{output} holds another data set already ({', '.join(there)}); add --overwrite (in a "
+            "notebook overwrite=True) to replace it, or choose another output"
+        )
 
 
 def put_in_place(draft: Path, output: Path) -> None:
@@ -305,16 +341,14 @@ def describe(stats: Mapping[str, Any], output: Path) -> str:
         lines.append(f"left out: {in_words(stats['left_out'])}")
     if few < FEW:
         lines.append(
-            f"note: {counts['val'].idxmin()} has {few} validation images; with fewer than about {FEW} a class, which "
-            "epoch is the best is mostly chance"
+            f"note: {counts['val'].idxmin()} has {few} validation images; with fewer than about "
+            f"{FEW} a class, which epoch is the best is mostly chance"
         )
     line = json.dumps({"DATA_ROOT": shown.as_posix()}, ensure_ascii=False)
     return "\n".join([*lines, f"In the notebook's parameters cell: OVERRIDES = {line}"])
 
 
-def prepare_folder(
-    folder: str | Path, output: str | Path | None = None, **options: Any
-) -> Path:
+def prepare_folder(folder: str | Path, output: str | Path | None = None, **options: Any) -> Path:
     """Write the data folder `output` from class folders, say what it holds, and return it.
 
     Args:
@@ -327,7 +361,7 @@ def prepare_folder(
     """
     source = absolute(Path(folder))
     if not source.is_dir():
-        raise DataError(f"{source} is no folder; ...")
+        raise DataError(f"{source} is no folder; give one with a subfolder for each class")
     target = resolve_path(output or f"data/processed/{source.name}")
     print(describe(write_data(read_class_folders(source), target, **options), target))
     return target

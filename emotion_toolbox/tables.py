@@ -121,8 +121,14 @@ def prepared_images_root(root: Path) -> Path:
         raise DataError(f"{file} is damaged ({error}); delete it and set IMAGES_ROOT") from error
 
 
-PATH_COLUMNS = ("path", "image_path", "filepath", "file")
-LABEL_COLUMNS = ("label", "emotion", "class")
+PATH_COLUMNS = (
+    *("path", "image_path", "filepath", "file"),
+    *("filename", "file_name", "image", "img", "image_name"),
+)
+LABEL_COLUMNS = ("label", "emotion", "class", "target", "category")
+
+
+OWN_COLUMNS = {"path", "label", "row"}
 
 
 def read_csv_records(file: Path) -> list[tuple[int, list[str]]]:
@@ -134,7 +140,9 @@ def read_csv_records(file: Path) -> list[tuple[int, list[str]]]:
         if "\0" in text:
             line = text.count("\n", 0, text.index("\0")) + 1
             raise ValueError("NUL character; is it UTF-16?")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        head = text.lstrip().partition("\n")[0]
+        delimiter = max(",;\t", key=head.count)  # of equals, the comma
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         for values in reader:
             if len(values) > 1 or "".join(values).strip():
                 records.append((line, values))
@@ -148,23 +156,26 @@ def read_csv_records(file: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """The CSV as text in columns `path`, `label` and `row`; raises ``DataError`` if it is bad."""
+    """A table as text: columns `path` and `label`, `row` (its line), and any others it has.
+
+    The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
+    """
     records = read_csv_records(file)
     if not records:
         raise DataError(f"{file} is empty; its first line should be: path,label")
     header = [name.strip() for name in records.pop(0)[1]]
     chosen = [find_column(file, header, names) for names in (PATH_COLUMNS, LABEL_COLUMNS)]
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise DataError(f"{file} row 1 names the column {twice[0]} twice; rename one of them")
     if not records:
         raise DataError(f"{file} lists no image; give every split at least one row")
-    rows = []
     for line, values in records:
         if len(values) != len(header):
             raise DataError(
                 f"{file} row {line} has {len(values)} values where the header has {len(header)}; "
                 "a value that holds a comma needs double quotes around it"
             )
-        path, label = (values[i] for i in chosen)
-        for column, value in (("path", path), ("label", label)):
+        for column, value in zip(("path", "label"), (values[i] for i in chosen), strict=True):
             if not value.strip():
                 raise DataError(f"{file} row {line} has an empty {column}; fill or remove it")
             if "\n" in value or "\r" in value:
@@ -172,8 +183,12 @@ def read_table(file: Path) -> pd.DataFrame:
                     f"{file} row {line} has a line break in its {column}, {value[:40]!r}; is a "
                     "quotation mark missing?"
                 )
-        rows.append((path, label.strip(), line))
-    return pd.DataFrame(rows, columns=["path", "label", "row"])
+    others = [i for i in range(len(header)) if i not in chosen and header[i] not in OWN_COLUMNS]
+    columns = ["path", "label", *(header[i] for i in others)]
+    rows = [[values[i] for i in (*chosen, *others)] for _, values in records]
+    table = pd.DataFrame(rows, columns=columns, dtype=str)
+    labels = table["label"].str.strip().str.normalize("NFC")
+    return table.assign(label=labels, row=[line for line, _ in records])
 
 
 def find_column(file: Path, header: Sequence[str], accepted: Sequence[str]) -> int:
@@ -182,8 +197,6 @@ def find_column(file: Path, header: Sequence[str], accepted: Sequence[str]) -> i
     if not found:
         have = ", ".join(header)
         raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
-    if header.count(found[0]) > 1:
-        raise DataError(f"{file} row 1 names the column {found[0]} twice; rename one of them")
     return header.index(found[0])
 
 

@@ -21,8 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emotion_toolbox.pixels import (
-    ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, chunks,
-    colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
+    ColourJitter,
+    Floats,
+    between,
+    blur_some,
+    channel_constants,
+    check_pixels,
+    chunks,
+    colour_factors,
+    crop_sizes,
+    erase_boxes,
+    jitter_colours,
+    random_boxes,
+    send_to,
 )  # fmt: skip
 from emotion_transfer.config import EnhancedConfig
 
@@ -77,10 +88,10 @@ def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Flo
 
 
 # %% [markdown]
-# All of it together. Random erasing hides a rectangle, so that no single detail decides
-# ([Zhong et al. 2020](https://arxiv.org/abs/1708.04896)). A setting of 0 switches its part off *exactly*, so what a part is worth can be
-# measured by leaving it out. (For the crop that setting is `CROP_SCALE = (1, 1)`: always all of the
-# stored image.)
+# All of it together. Random erasing hides a rectangle, so that no single detail decides ([Zhong et
+# al. 2020](https://arxiv.org/abs/1708.04896)). A setting of 0 switches its part off *exactly*, so
+# what a part is worth can be measured by leaving it out. (For the crop that setting is `CROP_SCALE
+# = (1, 1)`: always all of the stored image.)
 
 
 # %%

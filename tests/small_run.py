@@ -14,8 +14,8 @@ from emotion_toolbox import backbones
 from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import Split
-from emotion_transfer.config import EnhancedConfig, make_config
 from emotion_transfer.commands.train import open_data
+from emotion_transfer.config import EnhancedConfig, make_config
 
 torch.set_num_threads(1)  # for so little work, threads cost more than they bring
 

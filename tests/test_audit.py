@@ -9,19 +9,12 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
+from emotion_toolbox.audit import audit_data, close_pairs
+from emotion_toolbox.batches import EmotionDataset, make_datasets
+from emotion_toolbox.sample import load_data
 from emotion_transfer import audit as audit_module
-from emotion_transfer.audit import (
-    audit_data,
-    close_pairs,
-    pair_pictures,
-    perceptual_hashes,
-    show_audit,
-)
-from emotion_transfer.cache import check_images
 from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.data import load_data
-from emotion_transfer.loader import EmotionDataset, make_datasets
-from emotion_transfer.prepare import main as prepare_command
+from emotion_transfer.train import main as prepare_command
 
 
 def scene(seed: int, size: int = 96) -> Image.Image:

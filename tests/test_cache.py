@@ -23,25 +23,14 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from emotion_toolbox.batches import make_datasets
+from emotion_toolbox.cache import cache_folder
+from emotion_toolbox.decoding import decode_image
+from emotion_toolbox.errors import DataError
+from emotion_toolbox.sample import load_data
+from emotion_toolbox.tables import SPLITS, Split
 from emotion_transfer import cache as cache_module
-from emotion_transfer.cache import (
-    CheckedData,
-    ImageStore,
-    build_store,
-    cache_folder,
-    check_images,
-    read_index,
-    worker_count,
-)
 from emotion_transfer.config import EnhancedConfig, cache_size
-from emotion_transfer.data import (
-    SPLITS,
-    DataError,
-    Split,
-    decode_image,
-    load_data,
-)
-from emotion_transfer.loader import make_datasets
 
 Config = Callable[..., EnhancedConfig]
 SIDE = 37  # the cache's side for 32-pixel images

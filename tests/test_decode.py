@@ -21,14 +21,14 @@ import torch
 from PIL import Image, ImageDraw, features
 from torchvision.transforms.v2 import functional as tv
 
-from emotion_transfer import data as data_module
-from emotion_transfer.data import (
+from emotion_toolbox.decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
-    ImageError,
     decode_image,
     read_image_bytes,
 )
+from emotion_toolbox.errors import ImageError
+from emotion_transfer import data as data_module
 
 Pixels = npt.NDArray[np.uint8]
 

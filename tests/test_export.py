@@ -13,12 +13,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_run import CLASSES, file_datasets, install_small_network, small_config
 
-from emotion_transfer.checkpoint import CheckpointError
-from emotion_transfer.config import ConfigError
-from emotion_transfer.data import ImageError
+from emotion_toolbox.errors import CheckpointError, ConfigError, ImageError
+from emotion_toolbox.export import export_model, load_export, predict_files, top_classes
+from emotion_toolbox.keeper import load_initial_weights
 from emotion_transfer.evaluation import predict
-from emotion_transfer.export import export_model, load_export, predict_files, top_classes
-from emotion_transfer.model import build_model, load_initial_weights
+from emotion_transfer.model import build_model
 
 FACTS = {
     "synthetic": False, "dataset": "my photographs", "weights": "DEFAULT", "epochs": 3,

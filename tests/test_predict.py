@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emotion_toolbox.export import export_model, load_export, predict_files
 from emotion_transfer import predict as module
 from emotion_transfer.config import make_config
-from emotion_transfer.export import export_model, load_export, predict_files
 from emotion_transfer.model import build_model
 
 FACTS = {

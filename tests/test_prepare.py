@@ -15,11 +15,14 @@ import pytest
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.errors import DataError
+from emotion_toolbox.files import project_root
+from emotion_toolbox.sample import draw_sample, load_data
 from emotion_transfer import prepare as prepare_module
-from emotion_transfer.config import make_config, project_root
-from emotion_transfer.data import DataError, load_data
-from emotion_transfer.prepare import main, overrides_for, prepare
-from emotion_transfer.sample import MIKELS_CLASSES, draw_sample
+from emotion_transfer.commands.prepare import prepare
+from emotion_transfer.config import make_config
+from emotion_transfer.train import main
 
 NUMBERS = iter(range(10**9))
 

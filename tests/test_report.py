@@ -10,19 +10,19 @@ import pytest
 import torch
 from small_run import file_datasets, install_small_network, small_config
 
-from emotion_transfer.baselines import compare_models, run_baseline
-from emotion_transfer.data import load_data
-from emotion_transfer.engine import fit
-from emotion_transfer.evaluation import predict
-from emotion_transfer.metrics import evaluate_predictions
-from emotion_transfer.model import build_model
-from emotion_transfer.report import (
+from emotion_toolbox.report import (
     closing_text,
     describe_difference,
     software_versions,
     summarise_run,
     write_summary,
 )
+from emotion_toolbox.sample import load_data
+from emotion_transfer.baselines import run_baseline
+from emotion_transfer.engine import fit
+from emotion_transfer.evaluation import predict
+from emotion_transfer.intervals import evaluate_predictions
+from emotion_transfer.model import build_model
 
 
 @pytest.fixture

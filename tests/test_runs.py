@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from emotion_transfer.config import ConfigError
-from emotion_transfer.data import load_data
-from emotion_transfer.runs import make_run_folder, run_name
+from emotion_toolbox.errors import ConfigError
+from emotion_toolbox.report import make_run_folder
+from emotion_toolbox.sample import load_data
 
 
 def name_of(cfg) -> str:

@@ -15,15 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.sample import EMOSET_BALANCE, SAMPLE_COUNTS, draw_sample, paint_picture
+from emotion_toolbox.tables import summarise_sizes
 from emotion_transfer import sample
-from emotion_transfer.sample import (
-    EMOSET_BALANCE,
-    MIKELS_CLASSES,
-    SAMPLE_COUNTS,
-    draw_sample,
-    paint_picture,
-    summarise_sizes,
-)
 
 FEW = {"train": 3, "val": 1, "test": 2}
 

@@ -18,28 +18,27 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from emotion_transfer.metrics import Estimate, per_class_table, reliability_table
-from emotion_transfer.plots.data import plot_class_distribution, plot_image_grid, plot_rows
-from emotion_transfer.plots.evaluation import (
-    plot_comparison,
-    plot_confusion,
-    plot_gradcam,
-    plot_mistakes,
-    plot_per_class,
-    plot_reliability,
-)
-from emotion_transfer.plots.style import (
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.figures import (
     EMOTION_COLOURS,
     class_colours,
     fit_text,
-    ink_on,
     mark_synthetic,
     new_figure,
+    plot_class_distribution,
+    plot_comparison,
+    plot_confusion,
+    plot_gradcam,
+    plot_history,
+    plot_image_grid,
+    plot_mistakes,
+    plot_per_class,
+    plot_reliability,
+    plot_rows,
+    plot_schedule,
     save_figure,
-    set_figure_title,
 )
-from emotion_transfer.plots.training import plot_history, plot_schedule
-from emotion_transfer.sample import MIKELS_CLASSES
+from emotion_toolbox.measures import Estimate, per_class_table, reliability_table
 
 pytestmark = pytest.mark.filterwarnings("error")  # a layout that fails only warns
 

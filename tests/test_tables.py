@@ -9,19 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.errors import DataError
+from emotion_toolbox.sample import load_data, uses_sample
+from emotion_toolbox.tables import LABEL_COLUMNS, PATH_COLUMNS, SPLITS
 from emotion_transfer import data as data_module
-from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.data import (
-    LABEL_COLUMNS,
-    PATH_COLUMNS,
-    QUICK_PROFILE,
-    SPLITS,
-    DataError,
-    load_data,
-    read_split_table,
-    uses_sample,
-)
-from emotion_transfer.sample import MIKELS_CLASSES
+from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, make_config
 
 Config = Callable[..., EnhancedConfig]
 

@@ -14,21 +14,18 @@ from scipy import stats
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.metrics import (
-    POSITIVE_EMOTIONS,
+from emotion_toolbox.emotions import MIKELS_CLASSES, POSITIVE_EMOTIONS
+from emotion_toolbox.measures import (
     Estimate,
     confusion_metrics,
-    evaluate_predictions,
     expected_calibration_error,
-    gap_standard_error,
     gap_verdict,
     most_confused_pairs,
-    paired_test,
     per_class_table,
     reliability_table,
 )
-from emotion_transfer.sample import MIKELS_CLASSES
+from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.intervals import evaluate_predictions, paired_test
 
 Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 

@@ -12,20 +12,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from emotion_transfer.cache import CheckedData, check_images
-from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.data import DataError, decode_image, load_data
-from emotion_transfer.loader import (
+from emotion_toolbox.batches import (
     Batch,
     EmotionDataset,
     batch_slices,
     fetch_ahead,
-    keep_batch,
     make_datasets,
-    make_loader,
     steps_per_epoch,
     training_order,
 )
+from emotion_toolbox.decoding import decode_image
+from emotion_toolbox.errors import DataError
+from emotion_toolbox.sample import load_data
+from emotion_transfer.config import EnhancedConfig
 
 Config = Callable[..., EnhancedConfig]
 CPU = torch.device("cpu")

@@ -1,1 +1,0 @@
-"""Figures: every function takes data and returns a matplotlib ``Figure``; none touches pyplot."""
