@@ -88,7 +88,7 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
         else "It knows these classes only, and answers with one of them whatever it is shown. It "
         "inherits"
     )
-    make, last = LOADERS[name]
+    make, last = LOADERS.get(name, (f'your.{name}()', "classifier"))
     head = "\n".join(f"    {line}" for line in str(model.get_submodule("head")).splitlines())
     return f"""---
 library_name: pytorch
@@ -183,6 +183,9 @@ def load_export(
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
         classes, settings = checked_classes(about), {**about["config"], "WEIGHTS": None}
+        last = tensors.get("head.output.weight")
+        if last is None or len(last) != len(classes):
+            raise ValueError(f"model.safetensors is not for {len(classes)} classes")
         model = make_model(settings, len(classes))
         spec = BACKBONES[settings["MODEL_NAME"]]
         expected = {

@@ -13,7 +13,7 @@ from torch import nn
 from emotion_toolbox import backbones
 from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.sample import load_data
-from emotion_toolbox.tables import Split
+from emotion_toolbox.tables import EmotionData, Split
 from emotion_transfer.commands.train import open_data
 from emotion_transfer.config import EnhancedConfig, make_config
 
@@ -85,9 +85,14 @@ def draw_pixels(seed: int, label: int, size: int) -> np.ndarray:
     return (centre + noise).clip(0, 255).astype(np.uint8)
 
 
+def listed(cfg: EnhancedConfig) -> EmotionData:
+    """The splits that `cfg` points to."""
+    return load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
+
+
 def file_datasets(cfg: EnhancedConfig) -> dict[str, EmotionDataset]:
     """The datasets of `cfg` as a run makes them, from files."""
-    return open_data(cfg, load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT))[1]
+    return open_data(cfg, listed(cfg))[1]
 
 
 class ArrayPixels:

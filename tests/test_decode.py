@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw, features
 from torchvision.transforms.v2 import functional as tv
 
+from emotion_toolbox import decoding as data_module
 from emotion_toolbox.decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -28,7 +29,6 @@ from emotion_toolbox.decoding import (
     read_image_bytes,
 )
 from emotion_toolbox.errors import ImageError
-from emotion_transfer import data as data_module
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -437,7 +437,7 @@ STATED_MEMORY = 2.5e9 - MAX_IMAGE_BYTES
 MEASURE = """
 import re, sys
 from pathlib import Path
-from emotion_transfer.data import decode_image, read_image_bytes
+from emotion_toolbox.decoding import decode_image, read_image_bytes
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -1,5 +1,8 @@
 """The command line that predicts: good images, hostile files, no traceback."""
 
+import csv
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,8 +17,9 @@ import pytest
 from PIL import Image
 
 from emotion_toolbox.export import export_model, load_export, predict_files
-from emotion_transfer import predict as module
-from emotion_transfer.config import make_config
+from emotion_transfer import __main__ as program
+from emotion_transfer.commands import predict as module
+from emotion_transfer.config import cache_size, make_config
 from emotion_transfer.model import build_model
 
 FACTS = {
@@ -30,7 +34,18 @@ NAMES = ("calm", "joy", "rage")
 def export(tmp_path_factory):
     cfg = make_config({"MODEL_NAME": "efficientnet_lite0", "IMG_SIZE": 32, "HEAD": "linear"})
     folder = tmp_path_factory.mktemp("run") / "export"
-    return export_model(folder, cfg, build_model(cfg, 3), NAMES, FACTS)
+    model, settings = build_model(cfg, 3), dataclasses.asdict(cfg)
+    return export_model(folder, model, NAMES, settings, cache_size(cfg), FACTS)
+
+
+def main(arguments: list[str]) -> int:
+    """As ``python -m emotion_transfer predict``, without a limit of memory for all the tests."""
+    return program.main(["predict", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def no_limit(monkeypatch):
+    monkeypatch.setattr(module, "limit_memory", lambda more: None)
 
 
 @pytest.fixture
@@ -52,18 +67,16 @@ def bomb(path: Path) -> None:
 
 
 def test_an_image_and_its_classes(export, image, capsys):
-    assert module.main(["--model", str(export), str(image)]) == 0
+    assert main(["--model", str(export), str(image)]) == 0
     said = capsys.readouterr()
-    expected = predict_files(load_export(export), [image])[0]
+    expected = predict_files(load_export(export, module.network_of), [image])[0]
     order = np.argsort(-expected)
     shown = ", ".join(f"{NAMES[i]} {expected[i]:.1%}" for i in order)
     assert said.out == f"{image}: {shown}\n" and said.err == ""
 
 
 def test_json_for_programs(export, image, capsys):
-    assert (
-        module.main(["--model", str(export), "--json", "--top", "2", str(image), str(image)]) == 0
-    )
+    assert main(["--model", str(export), "--json", "--top", "2", str(image), str(image)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0]["image"] == str(image)
     assert len(lines[0]["top"]) == 2 and {name for name, _ in lines[0]["top"]} <= set(NAMES)
@@ -72,7 +85,7 @@ def test_json_for_programs(export, image, capsys):
 @pytest.mark.parametrize("size", [(50_000, 2), (3, 50_000), (1, 1)])
 def test_a_strip_is_an_image(export, tmp_path, capsys, size):
     Image.new("RGB", size, "red").save(tmp_path / "strip.png")
-    assert module.main(["--model", str(export), str(tmp_path / "strip.png")]) == 0
+    assert main(["--model", str(export), str(tmp_path / "strip.png")]) == 0
     assert "strip.png: " in capsys.readouterr().out
 
 
@@ -109,20 +122,59 @@ def hostile_files(folder: Path, good: bytes) -> dict[Path, str]:
 def test_hostile_files_are_named_and_the_good_ones_answered(export, image, tmp_path, capsys):
     wrong = hostile_files(tmp_path, image.read_bytes())
     arguments = [str(image), *map(str, wrong), str(image)]
-    assert module.main(["--model", str(export), *arguments]) == 1
+    assert main(["--model", str(export), *arguments]) == 1
     said = capsys.readouterr()
     assert said.out.count("good.jpg: ") == 2 and len(said.out.splitlines()) == 2
+    wrong = {path: word for path, word in wrong.items() if not path.is_dir()}  # looked through
     errors = {line.partition(": ")[0]: line.partition(": ")[2] for line in said.err.splitlines()}
     assert errors.keys() == {str(path) for path in wrong}
     for path, word in wrong.items():
         assert word.lower() in errors[str(path)].lower() and errors[str(path)], path
 
 
+def test_folders_wildcards_and_lists(export, image, tmp_path, capsys, monkeypatch):
+    below = tmp_path / "deep" / "er"
+    below.mkdir(parents=True)
+    for name in ("b.jpg", "a.PNG", ".hidden.jpg", "notes.txt"):
+        shutil.copy(image, below / name)
+    (below / "@eaDir").mkdir()
+    shutil.copy(image, below / "@eaDir" / "thumb.jpg")
+    found = [below / "a.PNG", below / "b.jpg"]
+    model = ["--model", str(export)]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{found[0]}\n\n{found[1]}\n"))
+    for asked in ([str(tmp_path / "deep")], [str(below / "[ab].*")], ["-"]):
+        assert main([*model, *asked]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(": ")[0] for line in lines] == [str(path) for path in found]
+
+
+def test_a_table_of_all_classes(export, image, tmp_path, capsys):
+    table = tmp_path / "answers.csv"
+    assert main(["--model", str(export), "--csv", str(table), str(image), "absent.jpg"]) == 1
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    expected = predict_files(load_export(export, module.network_of), [image])[0]
+    assert [row["path"] for row in rows] == [str(image)]
+    assert [float(rows[0][name]) for name in NAMES] == pytest.approx(expected.tolist())
+    assert rows[0]["predicted"] == NAMES[expected.argmax()]
+    assert "1 images, 1 unusable" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_leads_to_its_export(export, image, capsys):
+    assert main(["--model", str(export.parent), str(image)]) == 0
+    assert main(["--model", str(image.parent), str(image)]) == 1
+    assert "give the folder of an export" in capsys.readouterr().err
+
+
+def test_a_web_address_is_refused_as_such(export, capsys):
+    assert main(["--model", str(export), "https://example.org/a.jpg"]) == 1
+    assert "web address; download" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments", [["--device", "cuda:77"], ["--device", "toaster"], ["--model", "absent"]]
 )
 def test_what_is_not_there_is_one_message(export, image, capsys, arguments):
-    assert module.main(["--model", str(export), *arguments, str(image)]) == 1
+    assert main(["--model", str(export), *arguments, str(image)]) == 1
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1
     assert arguments[1] in said.err
@@ -131,13 +183,13 @@ def test_what_is_not_there_is_one_message(export, image, capsys, arguments):
 @pytest.mark.parametrize("arguments", [[], ["--top", "0", "x.jpg"], ["--top", "many", "x.jpg"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        module.main(arguments)
+        main(arguments)
     assert stopped.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
 def test_the_newest_export_is_the_default(export, image, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "resolve_path", lambda path: tmp_path / path)
-    assert module.main([str(image)]) == 1
+    assert main([str(image)]) == 1
     assert "no export under" in capsys.readouterr().err
     for number, name in enumerate(("newer", "older")):
         folder = tmp_path / "outputs" / name / "export"
@@ -145,9 +197,9 @@ def test_the_newest_export_is_the_default(export, image, tmp_path, monkeypatch, 
         (folder / "model.safetensors").write_bytes(b"")
         os.utime(folder / "model.safetensors", (1e9 - number, 1e9 - number))
     newest = tmp_path / "outputs/newer/export"
-    assert module.newest_export() == newest
+    assert module.find_export(None) == newest
     shutil.copytree(export, newest, dirs_exist_ok=True)
-    assert module.main([str(image)]) == 0
+    assert main([str(image)]) == 0
     said = capsys.readouterr()
     assert f"newest export, {newest}, trained on the synthetic sample" in said.err
     assert said.out.startswith(f"{image}: ")
@@ -175,7 +227,7 @@ def tile_bomb(path: Path, side: int = 40_960) -> None:
 def test_a_file_that_asks_for_too_much_memory_is_refused(export, image, tmp_path):
     tile_bomb(tmp_path / "tile.tif")
     assert (tmp_path / "tile.tif").stat().st_size < 40e6
-    command = [sys.executable, "-m", "emotion_transfer.predict", "--model", str(export)]
+    command = [sys.executable, "-m", "emotion_transfer", "predict", "--model", str(export)]
     files = [str(tmp_path / "tile.tif"), str(image)]
     done = subprocess.run([*command, *files], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -190,7 +242,7 @@ def test_as_a_program(export, image, tmp_path):
         file.write(image.read_bytes())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     environment.pop("LC_ALL", None)
-    command = [sys.executable, "-m", "emotion_transfer.predict", "--model", str(export)]
+    command = [sys.executable, "-m", "emotion_transfer", "predict", "--model", str(export)]
     done = subprocess.run([*command, str(image), odd], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"good.jpg: " in done.stdout and b"\\xff\\xfe odd.jpg: " in done.stdout

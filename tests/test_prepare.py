@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.model_selection import train_test_split
+from small_run import listed
 
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import project_root
-from emotion_toolbox.sample import draw_sample, load_data
+from emotion_toolbox.sample import draw_sample
 from emotion_transfer import prepare as prepare_module
 from emotion_transfer.commands.prepare import prepare
 from emotion_transfer.config import make_config
@@ -114,7 +115,7 @@ def test_emoset_rows_may_name_the_annotation_first(tmp_path: Path) -> None:
 def test_the_notebook_reads_what_was_written(tmp_path: Path) -> None:
     root = emoset(tmp_path / "e", 3)
     stats = prepare(root, tmp_path / "out")
-    data = load_data(make_config(overrides_for(tmp_path / "out", stats["images_root"])))
+    data = listed(make_config(overrides_for(tmp_path / "out", stats["images_root"])))
     assert data.classes == MIKELS_CLASSES
     assert not data.synthetic
     assert all(split.path(i).is_file() for split in data.splits.values() for i in range(len(split)))
@@ -523,7 +524,7 @@ def test_an_interrupted_overwrite_never_leaves_a_mixture(
     with pytest.raises(OSError, match="disk is gone"):
         prepare(class_tree(tmp_path / "two", ape=30, bee=30), out, overwrite=True)
     with pytest.raises(DataError, match=r"lacks train\.csv"):
-        load_data(make_config({"DATA_ROOT": str(out)}))
+        listed(make_config({"DATA_ROOT": str(out)}))
 
 
 def test_output_that_is_a_file(tmp_path: Path) -> None:

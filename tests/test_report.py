@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import file_datasets, install_small_network, small_config
+from small_run import file_datasets, install_small_network, listed, small_config
 
 from emotion_toolbox.report import (
     closing_text,
@@ -17,7 +17,6 @@ from emotion_toolbox.report import (
     summarise_run,
     write_summary,
 )
-from emotion_toolbox.sample import load_data
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
@@ -30,7 +29,7 @@ def run(tiny_root, tmp_path, monkeypatch):
     """A run from data to summary: its configuration, result, predictions and summary."""
     install_small_network(monkeypatch)
     cfg = small_config(tmp_path, BASELINES=("majority", "linear_probe"))
-    data, datasets = load_data(cfg), file_datasets(cfg)
+    data, datasets = listed(cfg), file_datasets(cfg)
     model = build_model(cfg, 3)
     result = fit(cfg, model, datasets, tmp_path / "run/checkpoints")
     found = {name: predict(cfg, model, datasets[name]) for name in ("val", "test")}
@@ -145,7 +144,7 @@ def test_the_closing_text_is_written_from_the_numbers(run):
 def test_a_run_without_baselines(run, tmp_path):
     cfg, result, found, _ = run
     cfg = dataclasses.replace(cfg, BASELINES=())
-    data = load_data(cfg)
+    data = listed(cfg)
     metrics = {
         name: evaluate_predictions(p.labels, p.probabilities, data.classes, resamples=100)
         for name, p in found.items()

@@ -4,14 +4,14 @@ import dataclasses
 import shutil
 
 import pytest
+from small_run import listed
 
 from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.report import make_run_folder
-from emotion_toolbox.sample import load_data
 
 
 def name_of(cfg) -> str:
-    return run_name(cfg, load_data(cfg))
+    return run_name(cfg, listed(cfg))
 
 
 def test_a_run_keeps_its_name_where_its_data_are_moved(tiny_config, tiny_root, tmp_path):
@@ -37,8 +37,6 @@ def test_a_folder_that_cannot_be_made_is_named(tiny_config, tmp_path):
     (tmp_path / "outputs").write_text("a file")
     cfg = tiny_config()
     with pytest.raises(ConfigError, match=r"OUTPUT_ROOT=.*choose another folder"):
-        make_run_folder(cfg, load_data(cfg))
-    made = make_run_folder(
-        dataclasses.replace(cfg, OUTPUT_ROOT=str(tmp_path / "b")), load_data(cfg)
-    )
+        make_run_folder(cfg, listed(cfg))
+    made = make_run_folder(dataclasses.replace(cfg, OUTPUT_ROOT=str(tmp_path / "b")), listed(cfg))
     assert (made / "figures").is_dir()

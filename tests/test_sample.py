@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from emotion_toolbox import sample
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.sample import EMOSET_BALANCE, SAMPLE_COUNTS, draw_sample, paint_picture
 from emotion_toolbox.tables import summarise_sizes
-from emotion_transfer import sample
 
 FEW = {"train": 3, "val": 1, "test": 2}
 
@@ -141,7 +141,7 @@ def test_an_interrupted_drawing_leaves_nothing_that_looks_complete(
 
 
 def test_a_killed_drawing_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from emotion_transfer.sample import draw_sample; "
+    code = "import sys, pathlib; from emotion_toolbox.sample import draw_sample; "
     code += "draw_sample(pathlib.Path(sys.argv[1]))"
     root = tmp_path / "sample"
     child = subprocess.Popen(
