@@ -88,7 +88,7 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
         else "It knows these classes only, and answers with one of them whatever it is shown. It "
         "inherits"
     )
-    make, last = LOADERS.get(name, (f'your.{name}()', "classifier"))
+    make, last = LOADERS.get(name, (f"your.{name}()", "classifier"))
     head = "\n".join(f"    {line}" for line in str(model.get_submodule("head")).splitlines())
     return f"""---
 library_name: pytorch

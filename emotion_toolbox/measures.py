@@ -66,11 +66,13 @@ def check_probabilities(
     They may come from a CSV with rounded decimals, so a row may miss 1 by a thousandth.
     """
     p = np.asarray(probabilities, dtype=np.float64)
-    if p.ndim != 2 or len(p) != rows or p.shape[1] < 2 or p.shape[1] != (classes or p.shape[1]):
+    if p.ndim != 2 or len(p) != rows or p.shape[1] < 2:
         raise ValueError(
-            f"probabilities must have a row for each of the {rows} labels and a column for each of "
-            f"{classes or 'two or more'} classes; their shape is {p.shape}"
+            f"probabilities must have one row for each of the {rows} labels and a column for each "
+            f"of two or more classes; their shape is {p.shape}"
         )
+    if classes is not None and p.shape[1] != classes:
+        raise ValueError(f"probabilities have {p.shape[1]} columns for {classes} classes")
     problems = {
         "holds NaN or infinity": ~np.isfinite(p).all(axis=1),
         "holds a value outside 0 to 1": ((p < 0) | (p > 1 + 1e-3)).any(axis=1),
@@ -156,6 +158,8 @@ def hits_by_name(
     the lower index. polarity_accuracy (Mikels' eight): the summed probability of the pleasant four
     is on the label's side of one half.
     """
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"class names must be distinct, not {list(classes)}")
     found = {}
     if len(classes) > 2:
         first_two = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]
@@ -175,6 +179,8 @@ def reliability_table(
     One row a bin: lower, upper, confidence and accuracy (means; NaN where empty), count. Raises
     ``ValueError`` for input that is no labels [N] and probabilities [N, C].
     """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; give at least 1")
     y = check_labels("labels", labels)
     p = check_probabilities(probabilities, len(y))
     check_labels("labels", y, p.shape[1])
@@ -274,6 +280,16 @@ def fit_probe(
     return probes[best], float(best)
 
 
+def gap_standard_error(train_accuracy: float, val_accuracy: float, n: int) -> float:
+    """Standard error of the difference of two accuracies on `n` images each.
+
+    With one success and one failure added to each side (Agresti and Caffo 2000), so that 100 % is
+    not taken for exact.
+    """
+    shares = [(accuracy * n + 1) / (n + 2) for accuracy in (train_accuracy, val_accuracy)]
+    return math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
+
+
 def gap_verdict(train_accuracy: float, val_accuracy: float, n_val: int, classes: int = 2) -> str:
     """What the train-validation gap means, and which settings to change.
 
@@ -290,9 +306,7 @@ def gap_verdict(train_accuracy: float, val_accuracy: float, n_val: int, classes:
             f"accuracies lie between 0 and 1 and n_val is positive, not {train_accuracy}, "
             f"{val_accuracy}, {n_val}"
         )
-    # Agresti and Caffo 2000: one success and one failure are added to each side
-    shares = [(accuracy * n_val + 1) / (n_val + 2) for accuracy in (train_accuracy, val_accuracy)]
-    noise = 2 * math.sqrt(sum(share * (1 - share) / (n_val + 2) for share in shares))
+    noise = 2 * gap_standard_error(train_accuracy, val_accuracy, n_val)
     gap = train_accuracy - val_accuracy
     measured = (
         f"Train {train_accuracy:.1%}, validation {val_accuracy:.1%}: a gap of {100 * gap:+.1f} "
@@ -327,5 +341,7 @@ def gap_advice(train_accuracy: float, gap: float, noise: float) -> str:
             "or MIX_PROB), or the validation images are the easier ones; look at the splits."
         )
     if not real:
-        return "Healthy as far as one can tell: a gap within the noise is no sign of overfitting."
+        return (
+            "Healthy as far as one can tell: a gap within the noise is no evidence of overfitting."
+        )
     return "Healthy: the gap is real but too small to act on; keep the settings."

@@ -57,7 +57,7 @@ def make_run_folder(settings: Any, data: EmotionData) -> Path:
         digest = hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
         source = "sample" if data.synthetic else data.root.name
         name = re.sub(r"[^\w.-]+", "_", f"{source}-{settings.MODEL_NAME}-{digest}")
-    folder = resolve_path(root) / name
+    folder: Path = resolve_path(root) / name
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:

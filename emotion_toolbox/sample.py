@@ -336,4 +336,5 @@ def load_data(dataset: str, data_root: str, images_root: str | None = None) -> E
     if uses_sample(dataset, data_root):
         root = draw_sample(resolve_path(SAMPLE_ROOT))
         return load_splits(root, name="synthetic sample", synthetic=True)
-    return load_splits(resolve_path(data_root), images_root and resolve_path(images_root))
+    images = None if images_root is None else resolve_path(images_root)
+    return load_splits(resolve_path(data_root), images)

@@ -246,11 +246,6 @@ def test_as_a_program(export, image, tmp_path):
     done = subprocess.run([*command, str(image), odd], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"good.jpg: " in done.stdout and b"\\xff\\xfe odd.jpg: " in done.stdout
-    done = subprocess.run(
-        [*command, odd, "/dev/zero", str(tmp_path)], capture_output=True, env=environment
-    )
+    done = subprocess.run([*command, odd, "/dev/zero"], capture_output=True, env=environment)
     assert done.returncode == 1 and b"Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-2:] == [
-        b"/dev/zero: not a regular file",
-        os.fsencode(tmp_path) + b": not a regular file",
-    ]
+    assert done.stderr.splitlines()[-1] == b"/dev/zero: not a regular file"

@@ -1,26 +1,44 @@
 """What a run writes down: the keys others rely on, numbers that are numbers, honest sentences."""
 
+import csv
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from small_run import file_datasets, install_small_network, listed, small_config
+from small_run import (
+    file_datasets,
+    install_small_network,
+    listed,
+    memory_datasets,
+    small_config,
+)
 
+from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.report import (
+    PUBLISHED_EMOSET,
     closing_text,
+    comparison_table,
     describe_difference,
+    figure_note,
+    make_run_folder,
+    prediction_table,
+    published_accuracies,
     software_versions,
     summarise_run,
+    write_predictions,
     write_summary,
 )
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
-from emotion_transfer.intervals import evaluate_predictions
+from emotion_transfer.intervals import evaluate_predictions, paired_test
 from emotion_transfer.model import build_model
 
 
@@ -32,19 +50,23 @@ def run(tiny_root, tmp_path, monkeypatch):
     data, datasets = listed(cfg), file_datasets(cfg)
     model = build_model(cfg, 3)
     result = fit(cfg, model, datasets, tmp_path / "run/checkpoints")
-    found = {name: predict(cfg, model, datasets[name]) for name in ("val", "test")}
+    asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE}
+    found = {name: predict(model, datasets[name], **asked) for name in ("val", "test")}
     metrics = {
         name: evaluate_predictions(p.labels, p.probabilities, data.classes, resamples=200)
         for name, p in found.items()
     }
-    baselines = [run_baseline(name, cfg, datasets, tmp_path / "run") for name in cfg.BASELINES]
-    comparison = compare_models(cfg, found["test"], baselines, data.classes)
-    summary = summarise_run(cfg, data, result, metrics, comparison)
-    return cfg, result, found, summary
+    test, tests = found["test"], {}
+    for name in cfg.BASELINES:
+        p = run_baseline(name, cfg, datasets, tmp_path / "run")["probabilities"]
+        metrics[name] = evaluate_predictions(test.labels, p, data.classes, resamples=200)
+        tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), resamples=200)
+    summary = summarise_run(vars(cfg), data, datasets, result, metrics, tests)
+    return cfg, result, found, summary, (metrics, tests)
 
 
 def test_the_summary_holds_what_others_rely_on(run, tmp_path):
-    cfg, result, found, summary = run
+    cfg, result, found, summary, _ = run
     file = tmp_path / "deep/summary.json"
     write_summary(file, summary)
     read = json.loads(file.read_text())
@@ -78,10 +100,26 @@ def test_the_summary_holds_what_others_rely_on(run, tmp_path):
     assert read["paired_tests"]["majority"].keys() >= {"difference", "p_value"}
 
 
-def test_the_weights_are_named(run):
-    cfg, _, _, summary = run
-    assert summary["weights"] == "none"
-    assert str(cfg.OUTPUT_ROOT) not in json.dumps(summary)
+def test_where_the_weights_came_from(run, tmp_path):
+    cfg, result, _, summary, (metrics, tests) = run
+    data, datasets = listed(cfg), file_datasets(cfg)
+    for settings, expected in (
+        ({"WEIGHTS": None}, "none"),
+        ({"WEIGHTS": "DEFAULT"}, "DEFAULT"),
+        ({"WEIGHTS": "DEFAULT", "INIT_FROM": "best.pt"}, "best.pt"),
+    ):
+        found = summarise_run(vars(cfg) | settings, data, datasets, result, metrics, tests)
+        assert found["weights"] == expected
+    assert str(cfg.OUTPUT_ROOT) not in json.dumps(summary)  # no path of this machine
+
+
+def test_the_counts_are_of_the_images_that_were_looked_at(run):
+    """Two batches of each split, with DEBUG."""
+    cfg, result, _, _, (metrics, tests) = run
+    few = file_datasets(dataclasses.replace(cfg, DEBUG=True))
+    summary = summarise_run(vars(cfg), listed(cfg), few, result, metrics, tests)
+    assert summary["images"] == {"train": 8, "val": 8, "test": 8}
+    assert "on 8 images" in closing_text(summary, Path("x"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan")])
@@ -96,7 +134,7 @@ def test_versions_of_what_shapes_a_result(monkeypatch):
     found = software_versions()
     assert {"python", "platform", "torch", "torchvision", "timm", "numpy"} <= found.keys()
     assert "absent" not in found.values()
-    monkeypatch.setattr("emotion_transfer.report.version", raise_missing)
+    monkeypatch.setattr("emotion_toolbox.report.version", raise_missing)
     assert software_versions()["timm"] == "absent"
 
 
@@ -124,7 +162,7 @@ def test_a_difference_in_words(low, value, high, expected):
 
 
 def test_the_closing_text_is_written_from_the_numbers(run):
-    _, result, _, summary = run
+    _, result, _, summary, _ = run
     text = closing_text(summary, Path("outputs/x"))
     test = summary["metrics"]["test"]["accuracy"]
     assert (
@@ -142,16 +180,101 @@ def test_the_closing_text_is_written_from_the_numbers(run):
 
 
 def test_a_run_without_baselines(run, tmp_path):
-    cfg, result, found, _ = run
-    cfg = dataclasses.replace(cfg, BASELINES=())
-    data = listed(cfg)
-    metrics = {
-        name: evaluate_predictions(p.labels, p.probabilities, data.classes, resamples=100)
-        for name, p in found.items()
-    }
-    comparison = compare_models(cfg, found["test"], [], data.classes)
-    summary = summarise_run(cfg, data, result, metrics, comparison)
-    assert summary["baselines"] == {} and "reaches a test accuracy" in closing_text(
-        summary, tmp_path
-    )
+    cfg, result, _, _, (metrics, _) = run
+    summary = summarise_run(vars(cfg), listed(cfg), file_datasets(cfg), result, metrics, {})
+    assert summary["baselines"] == {}
+    text = closing_text(summary, tmp_path)
+    assert "reaches a test accuracy" in text and "\n- " not in text
     write_summary(tmp_path / "s.json", summary)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_predictions(tmp_path):
+    dataset = memory_datasets()["test"]
+    dataset.classes = ('calm, "very"', "joy", "ragé")
+    dataset.split.files[2] = "odd, name\n'x'.png"
+    p = np.random.default_rng(0).dirichlet(np.ones(3), len(dataset))
+    table = prediction_table(dataset, dataset.split.labels, p.argmax(1), p)
+    names = [f"p_{name}" for name in dataset.classes]
+    assert list(table) == ["path", "label", "predicted", "confidence", *names]
+    file = tmp_path / "deep/predictions.csv"
+    write_predictions(file, table)
+    read = pd.read_csv(file)
+    assert read["path"].tolist() == list(dataset.split.files)
+    assert read["label"].tolist() == [dataset.classes[i] for i in dataset.split.labels]
+    assert read["predicted"].tolist() == [dataset.classes[i] for i in p.argmax(1)]
+    np.testing.assert_allclose(read[names].to_numpy(), p, atol=5e-7)
+    np.testing.assert_allclose(read["confidence"], p.max(1), atol=1e-6)
+    with file.open(newline="", encoding="utf-8") as rows:
+        assert len(list(csv.reader(rows))) == 1 + len(dataset)
+
+
+def test_the_comparison_is_on_the_same_images():
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    answers = {
+        "majority": np.zeros(8, int),
+        "from_scratch": labels,
+        "this notebook": np.array([0, 1, 2, 0, 1, 2, 1, 1]),
+    }
+    ours = answers["this notebook"]
+    metrics = {
+        name: evaluate_predictions(labels, np.eye(3)[a] * 0.8 + 0.2 / 3, ("a", "b", "c"))
+        for name, a in answers.items()
+    }
+    tests = {n: paired_test(labels, ours, a) for n, a in answers.items() if a is not ours}
+    table = comparison_table(metrics, tests)
+    assert table.index.tolist() == ["majority", "from random weights", "this notebook"]
+    assert table.loc["majority", "accuracy"].startswith("0.375 [")
+    assert table.loc["majority", "ours is better by"].startswith("+0.500")
+    assert table.loc["from random weights", "ours is better by"].startswith("-0.125")
+    assert table.loc["this notebook", "p (McNemar)"] == ""
+
+
+def test_published_figures_stand_beside_emoset_only():
+    assert published_accuracies(MIKELS_CLASSES, synthetic=False) == PUBLISHED_EMOSET
+    assert published_accuracies(MIKELS_CLASSES, synthetic=True) is None
+    assert published_accuracies(("calm", "joy"), synthetic=False) is None
+    assert PUBLISHED_EMOSET["ResNet-50"] == 0.7404 and max(PUBLISHED_EMOSET.values()) == 0.7840
+
+
+def test_what_a_figure_must_say_of_itself():
+    assert figure_note(False, "resnet50", False) == ""
+    note = figure_note(True, "efficientnet_lite0", True)
+    assert "SYNTHETIC SAMPLE" in note and "efficientnet_lite0" in note and "DEBUG" in note
+
+
+# --- the folder of a run -------------------------------------------------------------------------
+
+
+def name_of(cfg) -> str:
+    return make_run_folder(cfg, listed(cfg)).name
+
+
+def test_a_run_keeps_its_name_where_its_data_are_moved(tiny_config, tiny_root, tmp_path):
+    before = name_of(tiny_config())
+    assert before.startswith("tiny-efficientnet_lite0-")
+    (tmp_path / "far").mkdir()
+    tiny_root.rename(tmp_path / "far" / "tiny")
+    assert name_of(tiny_config(DATA_ROOT=str(tmp_path / "far" / "tiny"))) == before
+
+
+def test_other_data_of_the_same_name_get_another_run(tiny_config, tiny_root, tmp_path):
+    before = name_of(tiny_config())
+    other = shutil.copytree(tiny_root, tmp_path / "far" / "tiny")
+    table = other / "val.csv"
+    rows = table.read_text().splitlines()
+    table.write_text("\n".join(rows[:-1]) + "\n")
+    assert name_of(tiny_config(DATA_ROOT=str(other))) != before
+    assert name_of(tiny_config(SEED=7)) != before
+    assert name_of(tiny_config(RUN_NAME="mine")) == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_config, tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    cfg = tiny_config()
+    with pytest.raises(ConfigError, match=r"OUTPUT_ROOT=.*choose another folder"):
+        make_run_folder(cfg, listed(cfg))
+    made = make_run_folder(dataclasses.replace(cfg, OUTPUT_ROOT=str(tmp_path / "b")), listed(cfg))
+    assert (made / "figures").is_dir()
