@@ -29,7 +29,7 @@ from emotion_toolbox.files import write_atomically
 from emotion_toolbox.measures import Estimate
 
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
-Pictures = Sequence[Picture | None]
+Pictures = Sequence[Picture | None] | Picture
 Names = Sequence[str]
 Thaws = Sequence[tuple[float, str]]  # (number of epochs before it, what thaws)
 
@@ -75,8 +75,8 @@ def find_fonts(text: str, families: tuple[str, ...] = ()) -> tuple[list[str], se
     """`families` (else the usual) and what they lack for `text`; the characters no font has."""
     chosen = list(families or FontProperties().get_family())
     missing = {ord(c) for c in text if not c.isspace()}
-    others = {f.name for f in fontManager.ttflist} - {"Last Resort High-Efficiency"}
-    for family in [*chosen, *sorted(others, key=lambda name: ("Sans" not in name, name))]:
+    others = sorted({f.name for f in fontManager.ttflist}, key=lambda f: ("Sans" not in f, f))
+    for family in [*chosen, *others]:
         if missing and (found := missing & _characters(family)):
             chosen += [family] if family not in chosen else []
             missing -= found
@@ -85,25 +85,26 @@ def find_fonts(text: str, families: tuple[str, ...] = ()) -> tuple[list[str], se
 
 @cache
 def _characters(family: str) -> frozenset[int]:
-    try:  # a font of coloured pictures cannot be loaded, or has empty shapes
+    if "Color" in family or "Last" in family:  # empty shapes, or the same box for all
+        return frozenset()
+    try:
         font = get_font(findfont(FontProperties(family=[family]), fallback_to_default=False))
-        return frozenset(() if "Color" in family else font.get_charmap())
+        return frozenset(font.get_charmap())
     except (OSError, RuntimeError, ValueError):
         return frozenset()
 
 
 @cache
-def _warn_once(names: str) -> None:
-    advice = "install one, such as Noto Sans CJK, and start again"
-    warnings.warn(f"No font here can draw some names ({advice}). In figures, {names}", stacklevel=4)
-
-
-def class_labels(classes: Names) -> list[str]:
+def class_labels(classes: tuple[str, ...]) -> list[str]:
     """The names as figures can show them: *class 3* where no installed font has the characters;
     a warning says once what the numbers stand for."""
     lost = {i: name for i, name in enumerate(classes) if find_fonts(name)[1]}
     if lost:
-        _warn_once("; ".join(f"class {i} is {name}" for i, name in lost.items()))
+        legend = "; ".join(f"class {i} is {name}" for i, name in lost.items())
+        advice = "install one, such as Noto Sans CJK, and restart"
+        warnings.warn(
+            f"No font here has these names ({advice}). In figures, {legend}", stacklevel=3
+        )
     return [f"class {i}" if i in lost else name for i, name in enumerate(classes)]
 
 
@@ -174,7 +175,7 @@ def plot_class_distribution(counts: pd.DataFrame) -> Figure:
         ax.set_title(f"{split}: {total:,} images\n{balance}", size=10, loc="left")
         ax.set(xlim=(0, 1.75 * max(column.max(), 1)), xticks=[])
         ax.spines["bottom"].set_visible(False)
-        _name_rows(ax, class_labels(classes))
+        _name_rows(ax, class_labels(tuple(classes)))
     return fig
 
 
@@ -332,20 +333,18 @@ def plot_curves(curves: Mapping[str, Any], label: str, title: str = "") -> Figur
 def plot_stages(table: pd.DataFrame, picture: Picture) -> Figure:
     """The network from left to right: `picture`, stages of the backbone, head, class scores.
 
-    `table` has a row a stage in the order of computation, the head last: stage (or the index),
-    parameters, share (0 to 1), trains_from (epoch from 1, None: never). A block is as high as the
-    root of its parameters, and its colour says from when it trains.
+    `table` has a row a stage, from `stage_table`: stage, parameters, share, trains_from (epoch from
+    1; None: never). A block is as high as the root of its parameters; its colour says when it trains.
     """
-    rows = table if "stage" in table else table.rename_axis("stage").reset_index()
-    starts, end = rows["trains_from"].astype(float), len(rows)
+    starts, end = table["trains_from"].astype(float), len(table)
     colours = dict(zip(np.unique(starts.dropna()), (ORANGE, SKY, BLUE, GREEN, PINK), strict=False))
-    height = 0.08 + 0.92 * np.sqrt(rows["parameters"] / rows["parameters"].max())
+    height = 0.08 + 0.92 * np.sqrt(table["parameters"] / table["parameters"].max())
     fig, axes = new_figure(2 + end, 2.4)
     ax = axes[0, 0]
     ax.imshow(picture, extent=(-1.4, -0.6, -0.4, 0.4))
     ax.bar(range(end), height, 0.7, -height / 2, color=[colours.get(e, "0.8") for e in starts])
     ax.barh(np.linspace(-0.3, 0.3, 5), (0.1, 0.15, 0.6, 0.08, 0.2), 0.1, end - 0.3, color="0.4")
-    facts = zip(rows["stage"], rows["parameters"], rows["share"], strict=True)
+    facts = zip(table["stage"], table["parameters"], table["share"], strict=True)
     texts = [f"{fit_text(str(name), 0.95, 8, 2)}\n{n:,}\n{share:.1%}" for name, n, share in facts]
     for i, text in enumerate(["image", *texts, "class scores"], start=-1):
         ax.text(i, -0.56, text, ha="center", va="top", size=8)
@@ -364,7 +363,7 @@ def plot_guesses(
 ) -> Figure:
     """Pictures (uint8, [H, W, 3]), their class (index [N]), and the answers before and after
     training (probabilities [N, C])."""
-    names, titles, frames = class_labels(classes), [], []
+    names, titles, frames = class_labels(tuple(classes)), [], []
     for label, *guesses in zip(truth, np.asarray(before), np.asarray(after), strict=True):
         old, new = (f"{names[p.argmax()]} {p.max():.0%}" for p in guesses)
         titles.append(f"{names[label]}\nbefore: {old}\nafter: {new}")
@@ -382,7 +381,7 @@ def plot_mistakes(
     """
     if not len(images):
         return plot_image_grid([np.full((1, 4, 3), 255, np.uint8)], ["No mistakes to show."])
-    names, colours = class_labels(classes), list(class_colours(classes).values())
+    names, colours = class_labels(tuple(classes)), list(class_colours(classes).values())
     rows = list(zip(true, predicted, confidence, strict=True))
     titles = [f"{names[t]}\n→ {names[p]} {c:.0%}" for t, p, c in rows]
     title = "Mistakes: true class → the model's answer and its confidence"
@@ -412,9 +411,8 @@ def plot_confusion(confusion: npt.ArrayLike, classes: Names) -> Figure:
     """A confusion matrix [C, C] (rows true, columns predicted): counts, coloured by their share of
     the row, so that classes of different size compare; on the diagonal that is the recall."""
     cells, many = np.asarray(confusion), len(classes) > 10
-    totals = cells.sum(axis=1, keepdims=True)
-    names = [fit_text(name, 1.3, 9) for name in class_labels(classes)]
-    share = pd.DataFrame(cells / np.where(totals > 0, totals, np.nan), names, names)
+    share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    names = [fit_text(name, 1.3, 9) for name in class_labels(tuple(classes))]
     text = np.array([["" if many and not n else f"{n:,}" for n in row] for row in cells])
     side = (0.3 if many else 0.55) * len(classes)
     room = 72 * side / len(classes) / (0.75 * max(2, *map(len, text.flat)))
@@ -422,7 +420,7 @@ def plot_confusion(confusion: npt.ArrayLike, classes: Names) -> Figure:
     style: dict[str, Any] = {"cmap": "Blues", "vmin": 0, "vmax": 1, "linewidths": 0.5}
     style |= {"annot": text, "fmt": "", "annot_kws": {"size": min(10.0, room)}, "square": True}
     style |= {"cbar_kws": {"label": "share of the true class", "shrink": 0.6}}
-    ax = sns.heatmap(share, xticklabels=True, yticklabels=True, ax=axes[0, 0], **style)
+    ax = sns.heatmap(share, xticklabels=names, yticklabels=names, ax=axes[0, 0], **style)
     ax.tick_params(axis="x", rotation=90, labelsize=9)
     ax.tick_params(axis="y", rotation=0, labelsize=9)
     ax.set(xlabel="predicted", ylabel="true")
@@ -458,7 +456,7 @@ def plot_per_class(table: pd.DataFrame) -> Figure:
     above, below = rows - 0.19, rows + 0.19  # so that equal values do not hide each other
     ax.plot(table["precision"], above, marker=">", color="white", label="precision", **style)
     ax.plot(table["recall"], below, marker="o", color="0.45", label="recall", **style)
-    names = zip(class_labels(classes), table["support"], strict=True)
+    names = zip(class_labels(tuple(classes)), table["support"], strict=True)
     _name_rows(ax, [f"{name} ({images:,.0f})" for name, images in names])
     ax.set(xlim=(0, 1.02), xlabel="score")
     ax.set_title("Score of each class (number of images)", loc="left")

@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
-from emotion_toolbox.audit import audit_data, close_pairs
-from emotion_toolbox.batches import EmotionDataset, make_datasets
-from emotion_toolbox.sample import load_data
-from emotion_transfer import audit as audit_module
-from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.train import main as prepare_command
+from emotion_toolbox import audit as audit_module
+from emotion_toolbox.audit import audit_data, close_pairs, look_alikes, look_at
+from emotion_toolbox.batches import EmotionDataset, open_datasets
+from emotion_toolbox.tables import load_splits
+from emotion_transfer.commands.prepare import main as prepare_command
+
+BITS = 4
+Datasets = dict[str, EmotionDataset]
 
 
 def scene(seed: int, size: int = 96) -> Image.Image:
@@ -30,7 +32,7 @@ def scene(seed: int, size: int = 96) -> Image.Image:
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> tuple[EnhancedConfig, dict[str, EmotionDataset]]:
+def audited(tmp_path: Path) -> Datasets:
     """Unrelated scenes, and: scene 0 brightened in test under another label, a flat image."""
     images = {
         "train": [(scene(i), "calm") for i in range(6)] + [(scene(i), "wild") for i in range(6, 9)],
@@ -44,17 +46,13 @@ def audited(tmp_path: Path) -> tuple[EnhancedConfig, dict[str, EmotionDataset]]:
             image.save(tmp_path / split / f"{number}.jpg", quality=85)
             lines.append(f"{split}/{number}.jpg,{label}")
         (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    cfg = make_config(
-        {"DATA_ROOT": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache"), "IMG_SIZE": 64}
-    )
-    return cfg, make_datasets(cfg, check_images(cfg, load_data(cfg)))
+    return open_datasets(load_splits(tmp_path), 73, cache_dir=str(tmp_path / "cache"))[1]
 
 
-def test_hashes_are_those_of_imagehash(
-    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
-) -> None:
-    train = audited[1]["train"]
-    hashes = perceptual_hashes(train, batch=4)
+def test_hashes_are_those_of_imagehash(audited: Datasets, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = audited["train"]
+    monkeypatch.setattr(audit_module, "BATCH", 4)
+    hashes = look_at("train", train)["hash"]
     for position in range(len(train)):
         pixels = train.pixels.gather(np.array([position]))[0]
         assert f"{int(hashes[position]):016x}" == str(imagehash.phash(Image.fromarray(pixels)))
@@ -76,47 +74,45 @@ def test_close_pairs_equal_a_plain_double_loop() -> None:
 
 
 def test_one_picture_many_times_over_does_not_fill_the_memory(
-    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]], monkeypatch: pytest.MonkeyPatch
+    audited: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_module, "MOST_PAIRS", 1000)
     hashes = np.full(400, 12345, dtype=np.uint64)
     pairs = close_pairs(hashes, 4, chunk=2)
     assert 1000 < len(pairs) < 1000 + 2 * 400
     monkeypatch.setattr(audit_module, "MOST_PAIRS", 0)
-    assert "there are more" in "\n".join(audit_data(*audited).notes)
+    assert "there are more" in "\n".join(audit_data(audited, BITS).notes)
 
 
 def test_finds_the_planted_copy_and_the_flat_image_and_nothing_else(
-    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+    audited: Datasets,
 ) -> None:
-    audit = audit_data(*audited)
+    audit = audit_data(audited, BITS)
     pair = audit.leaks.iloc[0]
     assert len(audit.pairs) == len(audit.leaks) == len(audit.contradictions) == 1
     assert (pair["file_a"], pair["file_b"]) == ("train/0.jpg", "test/1.jpg")
     assert (pair["row_a"], pair["row_b"]) == (2, 3)
     assert audit.odd["file"].tolist() == ["val/1.jpg"]
-    text = "\n".join(show_audit(audit))
+    text = "\n".join(audit.lines())
     assert "train/0.jpg (train row 2, calm) and test/1.jpg (test row 3, wild)" in text
     assert "different labels" in text and "contrast" in text
 
 
 def test_pictures_of_a_pair_are_its_images(
-    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+    audited: Datasets,
 ) -> None:
-    datasets = audited[1]
-    pictures, titles = pair_pictures(datasets, audit_data(*audited).leaks)
-    assert titles == ["train row 2: calm", "test row 3: wild"]
-    np.testing.assert_array_equal(pictures[1], datasets["test"].pixels.gather(np.array([1]))[0])
+    pictures, titles = look_alikes(audited, audit_data(audited, BITS).leaks)
+    assert titles == ["train row 2\ncalm", "test row 3\nwild"]
+    np.testing.assert_array_equal(pictures[1], audited["test"].pixels.gather(np.array([1]))[0])
 
 
 def test_names_a_class_that_a_split_lacks_and_extreme_imbalance(
-    audited: tuple[EnhancedConfig, dict[str, EmotionDataset]],
+    audited: Datasets,
 ) -> None:
-    cfg, datasets = audited
-    val = datasets["val"]
+    val = audited["val"]
     only = dataclasses.replace(val.split, labels=np.zeros(len(val), np.int64))
-    changed = datasets | {"val": EmotionDataset(only, val.classes, val.pixels)}
-    assert any("val has no image of wild" in note for note in audit_data(cfg, changed).notes)
+    changed = audited | {"val": EmotionDataset(only, val.classes, val.pixels)}
+    assert any("val has no image of wild" in note for note in audit_data(changed, BITS).notes)
 
     class Repeated:
         def gather(self, index: np.ndarray) -> np.ndarray:
@@ -127,12 +123,18 @@ def test_names_a_class_that_a_split_lacks_and_extreme_imbalance(
         val.split, labels=labels, files=[f"{i}.jpg" for i in range(44)], rows=np.arange(2, 46)
     )
     skewed = {"train": EmotionDataset(split, val.classes, Repeated())}
-    assert "train: the largest class has 42 images, the smallest 2" in audit_data(cfg, skewed).notes
+    assert (
+        "train: the largest class has 42 images, the smallest 2" in audit_data(skewed, BITS).notes
+    )
 
 
-def test_a_clean_set_says_so(audited: tuple[EnhancedConfig, dict[str, EmotionDataset]]) -> None:
-    cfg, datasets = audited
-    audit = audit_data(cfg, {"train": datasets["train"]})
+def test_few_validation_images_are_named(audited: Datasets) -> None:
+    """By six images, every epoch may be the best."""
+    assert any("val has 2 images of 2 classes" in n for n in audit_data(audited, BITS).notes)
+
+
+def test_a_clean_set_says_so(audited: Datasets) -> None:
+    audit = audit_data({"train": audited["train"]}, BITS)
     assert audit.notes == ["nothing suspicious was found"]
     assert isinstance(audit.pairs, pd.DataFrame) and audit.pairs.empty
 
@@ -150,7 +152,7 @@ def test_the_command_reports_leaks_and_damage_and_fails(
         (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "test_1.png").write_bytes((tmp_path / "train_3.png").read_bytes())
     (tmp_path / "val_0.png").write_bytes(b"no image")
-    monkeypatch.setattr("emotion_transfer.config.project_root", lambda start=None: tmp_path)
+    monkeypatch.setattr("emotion_toolbox.files.project_root", lambda start=None: tmp_path)
     assert prepare_command(["--audit", "--output", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "val.csv row 2 (val_0.png)" in out
