@@ -232,5 +232,5 @@ def stage_table(
              for name, parts in stages.items()}  # fmt: skip
     table = pd.DataFrame({"stage": list(sizes), "parameters": list(sizes.values())})
     table["share"] = table["parameters"] / table["parameters"].sum()
-    table["trains_from"] = [starts[name] for name in sizes]
-    return table.astype({"trains_from": object})
+    table["trains_from"] = pd.Series([starts[name] for name in sizes], dtype=object)  # keeps None
+    return table

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -108,24 +109,22 @@ def decode_data(
         array, reasons = build_array(split, folder, side, threads)
         table = pd.DataFrame({"split": name, "row": split.rows, "file": list(split.files)})
         table["reason"] = [reasons.get(i, "") for i in range(len(split))]
-        table["hash"] = array.rows["hash"].astype(str)
-        tables.append(table)
+        tables.append(table.assign(hash=array.rows["hash"].astype(str)))
         kept = np.flatnonzero(table["reason"] == "")
-        splits[name] = split.select(kept)
-        again = DecodedPixels(splits[name], side, threads)
-        pixels[name] = MappedPixels(array.pixels, kept) if folder else again
+        splits[name] = usable = split.select(kept)
+        pixels[name] = (
+            MappedPixels(array.pixels, kept) if folder else DecodedPixels(usable, side, threads)
+        )
     images = pd.concat(tables, ignore_index=True)
-    bad, good = (
-        images[images["reason"] != ""],
-        images[images["reason"] == ""].drop(columns="reason"),
-    )
+    bad = images[images["reason"] != ""].drop(columns="hash")
+    good = images[images["reason"] == ""].drop(columns="reason")
     repeated = good[good.groupby("hash")["split"].transform("nunique") > 1]
     return DecodedData(
         dataclasses.replace(data, splits=splits),
         data,
         pixels,
         {n: content_hash("".join(good["hash"][good["split"] == n]).encode()) for n in splits},
-        bad.drop(columns="hash").reset_index(drop=True),
+        bad.reset_index(drop=True),
         repeated.sort_values(["hash", "split", "row"], ignore_index=True),
         folder,
     )
@@ -220,17 +219,17 @@ def work_ahead(
 class DecodedArray(NamedTuple):
     """Decoded images: a ``ROW`` for each, [N], and uint8 [N, side, side, 3], kept in `file`."""
 
-    file: Path | None
+    file: Path | None  # None: only checked
     rows: npt.NDArray[Any]
     pixels: Pixels
 
 
 class Scanned(NamedTuple):
-    """What was found of an image: its ``ROW``, and its pixels, or why it has none."""
+    """What was found of an image: its ``ROW`` and pixels, or the reason why it is bad."""
 
     position: int
-    row: tuple[bytes, bytes, int]
-    pixels: Pixels
+    row: tuple[bytes, bytes, int] = (b"", b"", 0)
+    pixels: Pixels = np.zeros(0, np.uint8)
     reason: str = ""
 
 
@@ -259,94 +258,109 @@ def build_array(
 
     Safe to call from two processes at once: the second waits and finds the work done.
     """
-    shape = len(split), side, side, 3
     stamps = np.array([file_stamp(split, i) for i in range(len(split))], "S32")
+    shape = len(split), side, side, 3
     if folder is None:
-        array = DecodedArray(
-            None, np.zeros(len(split), ROW), np.zeros((0, side, side, 3), np.uint8)
-        )
+        array = DecodedArray(None, np.zeros(len(split), ROW), np.zeros((0, *shape[1:]), np.uint8))
         return array, fill_array(array, split, stamps, {}, threads) or {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{split.name}.lock"):
-            arrays = open_arrays(folder, split.name, side)
-            known = {}
-            for array in arrays:
-                for i in np.flatnonzero(array.rows["hash"] != b"").tolist():
-                    stamp, digest, _ = array.rows[i].item()
-                    known[stamp] = known[digest] = array, i
-            fitting = [a for a in arrays if a.pixels.shape == shape]
-            best = max(fitting, key=lambda a: sum(a.rows["stamp"] == stamps), default=None)
-            reasons = fill_array(best, split, stamps, known, threads) if best else None
+            arrays, reasons = open_arrays(folder, split.name, side), None
+            fitting = [array for array in arrays if array.pixels.shape == shape]
+            matches = [np.count_nonzero(array.rows["stamp"] == stamps) for array in fitting]
+            best = fitting[int(np.argmax(matches))] if fitting else None
+            known = {} if len(split) in matches else known_images(arrays)
+            if best:
+                reasons = fill_array(best, split, stamps, known, threads)
             if best is None or reasons is None:
                 best = reserve_array(folder / f"{split.name}-{time.time_ns():x}.npy", shape)
                 reasons = fill_array(best, split, stamps, known, threads) or {}
             for array in arrays:
                 if array is not best:
                     delete_array(array.file)
-            return best._replace(pixels=np.load(str(best.file), mmap_mode="r")), reasons
+            return best, reasons
     except OSError as error:
         raise DataError(
             f"the image cache in {folder} cannot be written: {error}; {cache_advice(side)}"
         ) from error
 
 
+def known_images(arrays: Iterable[DecodedArray]) -> Known:
+    """Every image that is in one of the `arrays`."""
+    known: Known = {}
+    for array in arrays:
+        for i in np.flatnonzero(array.rows["hash"] != b"").tolist():
+            stamp, digest, _ = array.rows[i].item()
+            known[stamp] = known[digest] = array, i
+    return known
+
+
 def fill_array(
     array: DecodedArray, split: Split, stamps: npt.NDArray[Any], known: Known, threads: int
 ) -> dict[int, str] | None:
-    """Scan the images whose stamp differs, and why some are bad; a bad one is tried every time.
+    """Scan the images whose stamp differs; why some are bad, which are tried again every time.
 
-    None, where pixels that the index lists would have to change.
+    None, as soon as pixels that the index lists would have to change.
     """
-    reasons: dict[int, str] = {}
-    todo, saved = np.flatnonzero(array.rows["stamp"] != stamps).tolist(), time.monotonic()
-    side = array.pixels.shape[1]
+    file, rows, side, reasons = array.file, array.rows, array.pixels.shape[1], dict[int, str]()
+    todo, saved = np.flatnonzero(rows["stamp"] != stamps).tolist(), time.monotonic()
     step = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (side * side * 3)))
-
-    def scan(i: int) -> Scanned:
-        return scan_image(split, i, side, stamps[i], known)
-
+    scan = partial(scan_image, split, side, stamps, known)
     images = work_ahead(scan, todo, threads=threads, depth=2 * step, name="decode")
-    label = f"{'decoding' if array.file else 'checking'} {split.name}"
-    with closing(images), tqdm(total=len(todo), desc=label, unit="img", disable=not todo) as bar:
-        while chunk := list(islice(images, step)):
-            reasons |= {image.position: image.reason for image in chunk if image.reason}
-            good = [image for image in chunk if not image.reason]
-            listed = array.rows["hash"][[image.position for image in good]]
-            new = [i for i, old in zip(good, listed, strict=True) if old != i.row[1]]
-            if array.file and any(array.rows["hash"][image.position] for image in new):
-                return None
-            if array.file and new:
-                for image in new:
-                    array.pixels[image.position] = image.pixels
-                array.pixels.flush()  # type: ignore[attr-defined]
-            for image in good:
-                array.rows[image.position] = image.row
-            if array.file and time.monotonic() - saved > SAVE_SECONDS:
-                save_index(array.file, array.rows)
-                saved = time.monotonic()
-            bar.update(len(chunk))
-    if array.file and todo:
-        save_index(array.file, array.rows)
+    bar = tqdm(desc=f"decoding {split.name}", total=len(todo), unit="img", disable=not todo)
+    try:
+        with closing(images), bar:
+            while chunk := list(islice(images, step)):
+                reasons.update({image.position: image.reason for image in chunk if image.reason})
+                good = [image for image in chunk if not image.reason]
+                new = [image for image in good if rows["hash"][image.position] != image.row[1]]
+                if file and any(rows["hash"][image.position] for image in new):
+                    return None
+                if file and new:
+                    write_pixels(file, new)
+                for image in good:
+                    rows[image.position] = image.row
+                if file and time.monotonic() - saved > SAVE_SECONDS:
+                    save_index(file, rows)
+                    saved = time.monotonic()
+                bar.update(len(chunk))
+    finally:
+        if file and todo:
+            save_index(file, rows)
     return reasons
 
 
-def scan_image(split: Split, position: int, side: int, stamp: bytes, known: Known) -> Scanned:
-    """Find an image among those `known`, or read and decode it; a bad one is black."""
-    if stamp in known:
-        array, i = known[stamp]
-        return Scanned(position, array.rows[i].item(), array.pixels[i])
+def scan_image(
+    split: Split, side: int, stamps: npt.NDArray[Any], known: Known, position: int
+) -> Scanned:
+    """Look for an image among those `known`, else decode it.
+
+    Copying a data set changes its dates and no content: where the date differs, the hash decides.
+    """
+    stamp = bytes(stamps[position])
     try:
-        data = read_image_bytes(split.path(position))
-        digest = content_hash(data).encode()
-        if digest in known:
-            array, i = known[digest]
-            return Scanned(position, (stamp, digest, int(array.rows[i]["crc"])), array.pixels[i])
-        pixels = decode_image(data, side)
-        return Scanned(position, (stamp, digest, zlib.crc32(pixels.tobytes())), pixels)
+        if (same := known.get(stamp)) is None:
+            data = read_image_bytes(split.path(position))
+            digest = content_hash(data).encode()
+            if (same := known.get(digest)) is None:
+                pixels = decode_image(data, side)
+                return Scanned(position, (stamp, digest, zlib.crc32(pixels.tobytes())), pixels)
+        array, place = same
+        _, digest, crc = array.rows[place].item()
+        return Scanned(position, (stamp, digest, crc), array.pixels[place])
     except ImageError as error:
-        black = np.zeros((side, side, 3), np.uint8)
-        return Scanned(position, (b"", b"", 0), black, " ".join(str(error).split()) or "unusable")
+        return Scanned(position, reason=" ".join(str(error).split()) or "unusable")
+
+
+def write_pixels(file: Path, images: Iterable[Scanned]) -> None:
+    """Put the pixels of `images` into the array, and wait until the disk has them."""
+    with file.open("r+b") as array:
+        for image in images:
+            array.seek(ARRAY_HEADER + image.position * image.pixels.nbytes)
+            array.write(image.pixels.tobytes())
+        array.flush()
+        os.fsync(array.fileno())
 
 
 def save_index(file: Path, rows: npt.NDArray[Any]) -> None:
@@ -354,60 +368,56 @@ def save_index(file: Path, rows: npt.NDArray[Any]) -> None:
     write_atomically(file.with_suffix(".npz"), lambda target: np.savez(target, rows=rows))
 
 
-def reserve_array(file: Path, shape: tuple[int, ...]) -> DecodedArray:
-    """A new array, with all its room taken, so that a full disk shows before the work is done."""
+def reserve_array(file: Path, shape: tuple[int, int, int, int]) -> DecodedArray:
+    """A new array with all its room taken, so that a full disk shows before the work is done."""
     refuse_full_disk(file.parent, int(np.prod(shape)), shape[1])
-    pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
-    try:
-        if hasattr(os, "posix_fallocate"):
+    np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    save_index(file, np.zeros(shape[0], ROW))
+    if hasattr(os, "posix_fallocate"):
+        try:
             with file.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            file.unlink(missing_ok=True)
-            raise  # else the file system cannot reserve, and the room was checked
-    rows = np.zeros(shape[0], ROW)
-    save_index(file, rows)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                delete_array(file)
+                raise  # else the file system cannot reserve, and the room was checked
+    return open_array(file, shape[1])
+
+
+def open_array(file: Path, side: int) -> DecodedArray:
+    """The array in `file`; raises ``ValueError``, or what NumPy does, for a damaged one.
+
+    To compare all checksums would mean to read all images, so only a spread is compared.
+    """
+    with np.load(file.with_suffix(".npz")) as index:  # a zip, which has checksums of its own
+        rows = index["rows"]
+    pixels = np.lib.format.open_memmap(file, mode="r")
+    shape, size = (len(rows), side, side, 3), file.stat().st_size
+    sound = rows.dtype == ROW and pixels.dtype == np.uint8 and pixels.shape == shape
+    if not sound or not pixels.flags.c_contiguous or size != ARRAY_HEADER + pixels.nbytes:
+        raise ValueError(f"{pixels.shape} {pixels.dtype} in {size} bytes are no such array")
+    listed = np.flatnonzero(rows["hash"] != b"")
+    for i in listed[:: max(1, len(listed) // CHECKSUM_SPREAD)]:
+        if zlib.crc32(pixels[i].tobytes()) != rows[i]["crc"]:
+            raise ValueError(f"image {i} does not match its checksum")
     return DecodedArray(file, rows, pixels)
 
 
 def open_arrays(folder: Path, name: str, side: int) -> list[DecodedArray]:
     """The sound arrays of the split `name`; one that is not is named and removed."""
-    found = []
-    for file in sorted(folder.glob(f"{name}-*.npy")):
+    sound = []
+    for file in sorted(folder.glob(f"{name}*.npy")):
         try:
-            with np.load(file.with_suffix(".npz"), allow_pickle=False) as index:
-                rows = index["rows"]
-            array = DecodedArray(file, rows, np.lib.format.open_memmap(file, "r+"))
-            fault = array_fault(array, side)
+            sound.append(open_array(file, side))
         except Exception as error:  # a damaged file may raise anything
-            fault = f"cannot be read ({error})"
-        if fault:
-            print(f"{file} {fault}; it is built again")
+            print(f"{file} is damaged ({error}); it is built again")
             delete_array(file)
-        else:
-            found.append(array)
-    return found
-
-
-def array_fault(array: DecodedArray, side: int) -> str:
-    """Why an array cannot be used, judged by its form and a spread of its checksums; "" if not."""
-    pixels, rows = array.pixels, array.rows
-    if rows.dtype != ROW or pixels.shape != (len(rows), side, side, 3) or pixels.dtype != np.uint8:
-        return f"holds {pixels.shape} {pixels.dtype} where {(len(rows), side, side, 3)} is due"
-    assert isinstance(pixels, np.memmap) and array.file
-    if not pixels.flags.c_contiguous or pixels.offset + pixels.nbytes != array.file.stat().st_size:
-        return "is no plain array"
-    good = np.flatnonzero(rows["hash"] != b"")
-    for i in good[:: max(1, len(good) // CHECKSUM_SPREAD)]:
-        if zlib.crc32(pixels[i].tobytes()) != rows[i]["crc"]:
-            return f"does not match its checksum at image {i}"
-    return ""
+    return sound
 
 
 def delete_array(file: Path | None) -> None:
     """Remove an array and its index; where a run has it open, its pixels stay with the run."""
     if file:
-        with suppress(OSError):  # Windows keeps an open file
-            file.with_suffix(".npz").unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows keeps an open file; a later build removes it
+            file.unlink()
+            file.with_suffix(".npz").unlink()

@@ -1,7 +1,11 @@
 """Decoding one image, whatever it is, to a square of 8-bit RGB."""
 
+import contextlib
+import functools
+import importlib
 import io
 import stat
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,30 @@ from emotion_toolbox.errors import ImageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
-DECODER_VERSION = 1  # raise it whenever the pixels change: older caches are then left alone
-IMAGE_FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"),
-    "HEIF",  # if a plug-in for it is registered
-)
+DECODER_VERSION = 2  # raise it whenever the pixels change: older caches are then left alone
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+PNG_MARK = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # the texts that may hold it
+MAX_PNG_TEXT = 2**20  # bytes, unpacked; the most that Pillow takes
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow opens; HEIF with the package pillow-heif only."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of the formats that are read, lower case, as Pillow registers them."""
+    formats = (*readable_formats(), "MPO")  # MPO: a JPEG that holds further pictures
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in formats)
 
 
 def read_image_bytes(path: Path) -> bytes:
@@ -36,15 +59,46 @@ def read_image_bytes(path: Path) -> bytes:
         raise ImageError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def refuse_damage(data: bytes, image: Image.Image) -> None:
-    """Raise for damage to the bytes of an opened PNG or JPEG that decoding would not notice."""
-    if image.format == "PNG":
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as again:
-            again.verify()
-    if image.format in ("JPEG", "MPO") and data.endswith(b"\0\0"):
-        start = data.rfind(b"\xff\xda")  # the last scan; "\xff\xd9" ends the image
-        if data.find(b"\xff\xd9", start) < 0:
-            raise ImageError("truncated: it ends in zero bytes instead of the end of the image")
+def bare_png(data: bytes) -> bytes:
+    """A PNG with only what decoding uses: profiles and texts, however large, decide nothing.
+
+    Raises:
+        ImageError: for a file that is cut off, or damage in what is used; it names the chunk.
+    """
+    view, kept, start, name = memoryview(data), [memoryview(PNG_MARK)], len(PNG_MARK), b""
+    while name != b"IEND":
+        end = start + 12 + int.from_bytes(view[start : start + 4])
+        name, content = data[start + 4 : start + 8], view[start + 8 : end - 4]
+        if end > len(data):
+            raise ImageError(f"truncated or damaged PNG, at byte {start:,} (chunk {ascii(name)})")
+        whole = zlib.crc32(view[start + 4 : end - 4]) == int.from_bytes(view[end - 4 : end])
+        if name in PNG_CHUNKS and not whole:
+            raise ImageError(f"damaged PNG: wrong checksum of its chunk {ascii(name)}")
+        if name in PNG_CHUNKS or (whole and may_orient(name, content)):
+            kept.append(view[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def may_orient(name: bytes, content: memoryview) -> bool:
+    """Whether a chunk of a PNG may say which side is up, and is small when unpacked."""
+    if name not in (b"tEXt", b"zTXt", b"iTXt") or len(content) > MAX_PNG_TEXT:
+        return name == b"eXIf"
+    keyword, _, text = bytes(content).partition(b"\0")
+    if keyword not in PNG_ORIENTATION:
+        return False
+    if name == b"zTXt":
+        with contextlib.suppress(zlib.error):
+            unpacked = zlib.decompressobj().decompress(text[1:], MAX_PNG_TEXT)
+            return text.startswith(b"\0") and len(unpacked) < MAX_PNG_TEXT
+    return name == b"tEXt" or text.startswith(b"\0")  # not compressed, as XMP never is
+
+
+def refuse_empty_tail(data: bytes) -> None:
+    """Raise for a JPEG that ends in zero bytes, which its decoder would take for pixels."""
+    start = data.rfind(b"\xff\xda")  # the last scan; "\xff\xd9" ends the image
+    if data.endswith(b"\0\0") and data.find(b"\xff\xd9", start) < 0:
+        raise ImageError("truncated: it ends in zero bytes instead of the end of the image")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -78,14 +132,14 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
     Raises:
         ImageError: if the bytes are no usable image.
     """
-    Image.init()
-    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        source = io.BytesIO(bare_png(data) if data.startswith(PNG_MARK) else data)
+        with Image.open(source, formats=readable_formats()) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise ImageError(f"{width}x{height} pixels; the limit is {MAX_IMAGE_PIXELS:,}")
-            refuse_damage(data, image)
+            if image.format in ("JPEG", "MPO"):
+                refuse_empty_tail(data)
             reduced = image.draft("RGB", (size * 3 // 2, size * 3 // 2))
             image.load()
             # a fraction of 307 pixels ends inside the last pixel: 38.4 of 39
@@ -94,10 +148,22 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
             return np.asarray(turn_upright(as_rgb(square), image))
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError("not an image, or of no format that is read here") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(reason_of(error, data[:16])) from error
+
+
+def reason_of(error: Exception, start: bytes) -> str:
+    """Why a file that begins with `start` (16 bytes) cannot be decoded, in a line."""
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        return "HEIF (.heic), which the package pillow-heif reads: pip install pillow-heif"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"{type(error).__name__}: {error}"
+    for name in readable_formats():
+        accept = Image.OPEN[name][1]
+        if len(start) > 7 and accept is not None and (verdict := accept(start)):
+            damage = f"damaged: it begins as {name}, and its header cannot be read"
+            return verdict if isinstance(verdict, str) else damage  # text: its codec is missing
+    return "not an image, or of no format that is read here"
 
 
 def centre_square(image: Image.Image, extent: tuple[float, float], size: int) -> Image.Image:
@@ -132,10 +198,3 @@ def turn_upright(square: Image.Image, source: Image.Image) -> Image.Image:
         return square
     turn = UPRIGHT_TURNS.get(orientation) if isinstance(orientation, int) else None
     return square if turn is None else square.transpose(turn)
-
-
-def image_suffixes() -> frozenset[str]:
-    """Suffixes of the formats that are read, lower case, as Pillow registers them."""
-    Image.init()
-    known = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in known.items() if name in IMAGE_FORMATS)

@@ -46,8 +46,7 @@ class NotebookFigure(Figure):
     def draw(self, renderer: Any) -> None:
         for text in self.findobj(Text):
             if isinstance(text, Text) and not text.get_text().isascii():
-                families = tuple(text.get_fontfamily())
-                text.set_fontfamily(find_fonts(text.get_text(), families)[0])
+                text.set_fontfamily(find_fonts(text.get_text(), tuple(text.get_fontfamily()))[0])
         super().draw(renderer)
 
     def savefig(self, *args: Any, **options: Any) -> None:
@@ -85,34 +84,31 @@ def find_fonts(text: str, families: tuple[str, ...] = ()) -> tuple[list[str], se
 
 @cache
 def _characters(family: str) -> frozenset[int]:
-    if "Color" in family or "Last" in family:  # empty shapes, or the same box for all
-        return frozenset()
+    files = [font.fname for font in fontManager.ttflist if font.name == family]
     try:
-        font = get_font(findfont(FontProperties(family=[family]), fallback_to_default=False))
-        return frozenset(font.get_charmap())
-    except (OSError, RuntimeError, ValueError):
+        font = get_font((files or [findfont(FontProperties(family=[family]))])[0])
+    except (OSError, RuntimeError):  # pictures in colour, say
         return frozenset()
+    boxes = "Color" in family or "Last" in family  # nothing, or one box for all
+    return frozenset(() if boxes else font.get_charmap())
 
 
 @cache
 def class_labels(classes: tuple[str, ...]) -> list[str]:
-    """The names as figures can show them: *class 3* where no installed font has the characters;
-    a warning says once what the numbers stand for."""
+    """Names as figures can show them: *class 3*, said once, where no font has the characters."""
     lost = {i: name for i, name in enumerate(classes) if find_fonts(name)[1]}
     if lost:
         legend = "; ".join(f"class {i} is {name}" for i, name in lost.items())
-        advice = "install one, such as Noto Sans CJK, and restart"
-        warnings.warn(
-            f"No font here has these names ({advice}). In figures, {legend}", stacklevel=3
-        )
+        text = f"No font here has some names (install one, such as Noto Sans CJK). Below, {legend}"
+        warnings.warn(text, stacklevel=3)
     return [f"class {i}" if i in lost else name for i, name in enumerate(classes)]
 
 
 def fit_text(text: str, inches: float, size: float, lines: int = 1) -> str:
     """`text` in at most `lines` lines of `inches` at font size `size`, the rest replaced by …
 
-    A single line loses its middle, since names often differ only at the end. Line breaks are kept
-    where there may be more. ``$`` is escaped; what no font can draw is given by its code.
+    A single line loses its middle, since names often differ only at the end; more keep their
+    breaks. ``$`` is escaped, and what no font can draw is given by its code.
     """
     text = "".join(ascii(c)[1:-1] if c in find_fonts(text)[1] else c for c in text)
     em = 1.0 if any(c > "\u2e80" for c in text) else 0.6  # Chinese, Japanese and Korean are wide
@@ -153,9 +149,9 @@ def save_figure(fig: Figure, folder: Path, name: str, *, note: str = "") -> Figu
     return fig
 
 
-def _name_rows(ax: Any, names: Names) -> None:
+def _name_rows(ax: Any, names: Names, lines: int = 1) -> None:
     """Names to the left of the rows of a horizontal chart, the first on top."""
-    ax.set_yticks(range(len(names)), [fit_text(name, 2.8, 9, lines=2) for name in names], size=9)
+    ax.set_yticks(range(len(names)), [fit_text(name, 2.8, 9, lines) for name in names], size=9)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", alpha=0.3)
@@ -174,7 +170,6 @@ def plot_class_distribution(counts: pd.DataFrame) -> Figure:
         balance = ratio if column.min() else f"classes without images: {(column == 0).sum()}"
         ax.set_title(f"{split}: {total:,} images\n{balance}", size=10, loc="left")
         ax.set(xlim=(0, 1.75 * max(column.max(), 1)), xticks=[])
-        ax.spines["bottom"].set_visible(False)
         _name_rows(ax, class_labels(tuple(classes)))
     return fig
 
@@ -184,8 +179,7 @@ def plot_image_grid(
 ) -> Figure:
     """Images (uint8, [H, W, 3]; None leaves a gap) in rows of `columns`, each under its title.
 
-    A title's lines are shortened, not wrapped. `title` stands over the whole grid; `frames` are
-    the colours of the images' frames. Raises a ValueError for no image or one of another form.
+    `title` stands over the whole grid, `frames` are colours. ValueError: no image, other forms.
     """
     for i, image in enumerate(images):
         if image is not None and (image.dtype != np.uint8 or image.shape[2:] != (3,)):
@@ -216,7 +210,7 @@ def plot_image_grid(
 
 def plot_rows(rows: Mapping[str, Sequence[Picture]], title: str = "") -> Figure:
     """One labelled row of images (uint8, [H, W, 3]) per key; rows may differ in length."""
-    columns, first = max(8, *map(len, rows.values())), 0
+    columns, first = max(8, 0, *map(len, rows.values())), 0
     cells = [image for row in rows.values() for image in [*row, *[None] * (columns - len(row))]]
     fig = plot_image_grid(cells, [""] * len(cells), columns, title)
     for label, row in rows.items():
@@ -243,21 +237,17 @@ def _draw_rates(ax: Any, table: pd.DataFrame, edges: Sequence[float]) -> None:
     ax.set_yscale("log")
 
 
-def _finish_panel(
-    ax: Any, title: str, label: str, end: float, thaws: Thaws = (), best: float | None = None
-) -> list[Any]:
-    """Name `ax` and its axes and mark events up to epoch `end`; the lines that do, for a legend."""
+def _finish_panel(ax: Any, title: str, end: float, thaws: Thaws = (), best: Any = None) -> Any:
+    """Name `ax` and mark events up to epoch `end` in it; the lines that do, for a legend."""
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend(fontsize=8)
-    marks = [
-        ax.axvline(when, color="0.35", ls=style, lw=1, label=f"after epoch {when:g}: {what}")
-        for (when, what), style in zip(thaws, cycle((":", "--", "-.")), strict=False)
-        if when < end
-    ]
+    styles = zip((thaw for thaw in thaws if thaw[0] < end), cycle((":", "--", "-.")), strict=False)
+    marks = [ax.axvline(when, color="0.35", ls=style, lw=1, label=f"after epoch {when:g}: {what}")
+             for (when, what), style in styles]  # fmt: skip
     if best is not None:
         marks += [ax.axvline(best, color=RED, alpha=0.5, zorder=1, label=f"best epoch: {best:g}")]
     ax.set_title(title, size=10, loc="left")
-    ax.set(xlabel="epochs done", ylabel=label, xlim=(0, 1.01 * end))
+    ax.set(xlabel="epochs done", xlim=(0, 1.01 * end))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
     return marks
@@ -267,19 +257,15 @@ def plot_schedule(
     rates: Callable[[int, int], tuple[float, float]], epochs: int, steps: int, thaws: Thaws = (),
     mix_off: float | None = None,
 ) -> Figure:  # fmt: skip
-    """Learning rates by epoch, what thaws when, and after how many epochs mixing ends.
-
-    `rates` gives those of head and backbone (NaN: frozen) at an epoch and one of its `steps`.
-    """
+    """Learning rates of head and backbone (NaN: frozen), `rates` of an epoch and one of its
+    `steps`; what thaws when; and after how many epochs mixing ends."""
     places = [(e, s) for e in range(epochs) for s in range(0, steps, max(1, steps // 20))]
     table = pd.DataFrame([rates(*p) for p in places], columns=["lr_head", "lr_backbone"])
-    table["epoch"] = [epoch + step / steps for epoch, step in places]
-    fig, axes = new_figure(10, 3.8)
-    ax, end = axes[0, 0], int(table["epoch"].max()) + 1
-    _draw_rates(ax, table, [*table["epoch"], end])
-    if mix_off is not None and mix_off < end:
-        ax.axvspan(mix_off, end, color="0.9", label=f"no mixing after epoch {mix_off:g}", zorder=0)
-    fig.legend(handles=_finish_panel(ax, "Learning rates", "learning rate", end, thaws), **BELOW)
+    fig, [[ax]] = new_figure(10, 3.8)
+    if mix_off is not None and mix_off < epochs:
+        ax.axvspan(mix_off, epochs, color="0.9", label=f"no mixing after epoch {mix_off:g}")
+    _draw_rates(ax, table, [*(epoch + step / steps for epoch, step in places), epochs])
+    fig.legend(handles=_finish_panel(ax, "Learning rates", epochs, thaws), **BELOW)
     return fig
 
 
@@ -308,45 +294,43 @@ def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ())
     band = (known["clean"], known["train_clean_accuracy"])
     gap.fill_between(known.index, *band, color="0.85", label=f"gap, {size}")
     _draw_rates(rates, table, [table.index[0] - 1, *table.index])
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * speed.get_ylim()[1])
     facts = f"{table['seconds'].sum() / 60:,.1f} min, peak {table['memory_mb'].max() / 1024:.1f} GB"
     titles = ["Loss", "Validation accuracy", "Validation macro F1", "Accuracy on clean images"]
-    titles += ["Highest learning rate of each epoch", f"Speed ({facts})"]
-    labels = ["loss", "accuracy", "macro F1", "accuracy", "learning rate", "images per second"]
-    for ax, title, label in zip(axes.flat, titles, labels, strict=True):
-        marks = _finish_panel(ax, title, label, table.index[-1], thaws, best_epoch)
+    titles += ["Highest learning rate of each epoch", f"Images per second ({facts})"]
+    for ax, title in zip(axes.flat, titles, strict=True):
+        marks = _finish_panel(ax, title, table.index[-1], thaws, best_epoch)
     fig.legend(handles=marks, **BELOW)
     return fig
 
 
-def plot_curves(curves: Mapping[str, Any], label: str, title: str = "") -> Figure:
-    """One line a run: its `label`, such as *validation accuracy*, at the end of every epoch."""
-    fig, axes = new_figure(6.5, 3.4)
+def plot_curves(curves: Mapping[str, Any], title: str) -> Figure:
+    """One line a run: what `title` says, such as *validation accuracy*, after every epoch [E]."""
+    fig, [[ax]] = new_figure(6.5, 3.4)
     for (name, values), colour in zip(curves.items(), cycle(OKABE_ITO[::-1]), strict=False):
         line = pd.Series(np.asarray(values), index=range(1, len(values) + 1))
         legend = fit_text(f"best {line.max():.3f}: {name.replace('_', ' ')}", 3.5, 8)
-        _draw_curve(axes[0, 0], line, legend, colour)
-    _finish_panel(axes[0, 0], title, label, max(map(len, curves.values())))
+        _draw_curve(ax, line, legend, colour)
+    _finish_panel(ax, title, max(map(len, curves.values())))
     return fig
 
 
 def plot_stages(table: pd.DataFrame, picture: Picture) -> Figure:
     """The network from left to right: `picture`, stages of the backbone, head, class scores.
 
-    `table` has a row a stage, from `stage_table`: stage, parameters, share, trains_from (epoch from
-    1; None: never). A block is as high as the root of its parameters; its colour says when it trains.
+    `table`, of `stage_table`: stage, parameters, share, trains_from (epoch from 1; None: never). A
+    block is as high as the root of its parameters; its colour says when it trains.
     """
     starts, end = table["trains_from"].astype(float), len(table)
     colours = dict(zip(np.unique(starts.dropna()), (ORANGE, SKY, BLUE, GREEN, PINK), strict=False))
     height = 0.08 + 0.92 * np.sqrt(table["parameters"] / table["parameters"].max())
-    fig, axes = new_figure(2 + end, 2.4)
-    ax = axes[0, 0]
+    fig, [[ax]] = new_figure(2 + end, 2.4)
     ax.imshow(picture, extent=(-1.4, -0.6, -0.4, 0.4))
     ax.bar(range(end), height, 0.7, -height / 2, color=[colours.get(e, "0.8") for e in starts])
     ax.barh(np.linspace(-0.3, 0.3, 5), (0.1, 0.15, 0.6, 0.08, 0.2), 0.1, end - 0.3, color="0.4")
-    facts = zip(table["stage"], table["parameters"], table["share"], strict=True)
-    texts = [f"{fit_text(str(name), 0.95, 8, 2)}\n{n:,}\n{share:.1%}" for name, n, share in facts]
-    for i, text in enumerate(["image", *texts, "class scores"], start=-1):
+    texts = [f"{fit_text(str(row.stage), 0.95, 8, 2)}\n{row.parameters:,}\n{row.share:.1%}"
+             for row in table.itertuples()]  # fmt: skip
+    for i, text in enumerate(["image\nparameters:\nshare:", *texts, "class scores"], -1):
         ax.text(i, -0.56, text, ha="center", va="top", size=8)
     for i in range(-1, end):
         ax.annotate("", (i + 0.64, 0), (i + 0.36, 0), arrowprops={"arrowstyle": "->"})
@@ -361,8 +345,7 @@ def plot_stages(table: pd.DataFrame, picture: Picture) -> Figure:
 def plot_guesses(
     pictures: Sequence[Picture], truth: Any, before: Any, after: Any, classes: Names
 ) -> Figure:
-    """Pictures (uint8, [H, W, 3]), their class (index [N]), and the answers before and after
-    training (probabilities [N, C])."""
+    """Pictures (uint8, [H, W, 3]), true classes [N], the answers before and after [N, C]."""
     names, titles, frames = class_labels(tuple(classes)), [], []
     for label, *guesses in zip(truth, np.asarray(before), np.asarray(after), strict=True):
         old, new = (f"{names[p.argmax()]} {p.max():.0%}" for p in guesses)
@@ -375,12 +358,9 @@ def plot_guesses(
 def plot_mistakes(
     images: Sequence[Picture], true: Any, predicted: Any, confidence: Any, classes: Names
 ) -> Figure:
-    """Images (uint8, [H, W, 3]) under *true → predicted, confidence*, framed by the true class.
-
-    `true` and `predicted` are indices into `classes` [N]. Without images the figure says so.
-    """
+    """Images (uint8, [H, W, 3]), if any, under *true → predicted, confidence* (indices [N])."""
     if not len(images):
-        return plot_image_grid([np.full((1, 4, 3), 255, np.uint8)], ["No mistakes to show."])
+        return plot_image_grid([np.full((1, 25, 3), 255, np.uint8)], ["No mistakes to show."])
     names, colours = class_labels(tuple(classes)), list(class_colours(classes).values())
     rows = list(zip(true, predicted, confidence, strict=True))
     titles = [f"{names[t]}\n→ {names[p]} {c:.0%}" for t, p, c in rows]
@@ -399,30 +379,29 @@ def plot_gradcam(images: Picture, maps: npt.NDArray[Any], titles: Names) -> Figu
     overlay = (1 - opacity) * images + opacity * 255 * inferno(heat)[..., :3]
     gap = np.full((*images.shape[:2], max(1, images.shape[2] // 32), 3), 255)
     pairs = np.concatenate([images, gap, overlay.round()], axis=2).astype(np.uint8)
-    title = (
-        "Left: the image. Right: what argued for the answer (bright yellow); the map is coarse: "
-    )
-    return plot_image_grid(
-        list(pairs), titles, 4, f"{title}{maps.shape[1]} x {maps.shape[2]} cells"
-    )
+    coarse = f"in a map of only {maps.shape[1]} x {maps.shape[2]} cells"
+    title = f"Left: the image. Right: what argued for the answer (bright yellow), {coarse}"
+    return plot_image_grid(list(pairs), titles, 4, title)
 
 
 def plot_confusion(confusion: npt.ArrayLike, classes: Names) -> Figure:
     """A confusion matrix [C, C] (rows true, columns predicted): counts, coloured by their share of
     the row, so that classes of different size compare; on the diagonal that is the recall."""
-    cells, many = np.asarray(confusion), len(classes) > 10
+    count, many = len(classes), len(classes) > 10
+    cells = np.asarray(confusion).reshape(count, count)
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
     names = [fit_text(name, 1.3, 9) for name in class_labels(tuple(classes))]
     text = np.array([["" if many and not n else f"{n:,}" for n in row] for row in cells])
-    side = (0.3 if many else 0.55) * len(classes)
-    room = 72 * side / len(classes) / (0.75 * max(2, *map(len, text.flat)))
-    fig, axes = new_figure(side + 3.4, side + 2.2)
-    style: dict[str, Any] = {"cmap": "Blues", "vmin": 0, "vmax": 1, "linewidths": 0.5}
-    style |= {"annot": text, "fmt": "", "annot_kws": {"size": min(10.0, room)}, "square": True}
-    style |= {"cbar_kws": {"label": "share of the true class", "shrink": 0.6}}
-    ax = sns.heatmap(share, xticklabels=names, yticklabels=names, ax=axes[0, 0], **style)
-    ax.tick_params(axis="x", rotation=90, labelsize=9)
-    ax.tick_params(axis="y", rotation=0, labelsize=9)
+    side = (0.3 if many else 0.55) * count  # inches
+    room = 72 * side / count / (0.75 * max(2, *map(len, text.flat)))
+    fig, [[ax]] = new_figure(side + 3.4, side + 2.2)
+    bar, size = {"label": "share of the true class", "shrink": 0.6}, {"size": min(10.0, room)}
+    sns.heatmap(share, annot=text, fmt="", annot_kws=size, cmap="Blues", vmin=0, vmax=1,
+                linewidths=0.5, square=True, cbar_kws=bar, xticklabels=False,
+                yticklabels=False, ax=ax)  # fmt: skip
+    middles = np.arange(count) + 0.5
+    ax.set_xticks(middles, names, rotation=90, size=9)
+    ax.set_yticks(middles, names, rotation=0, size=9)
     ax.set(xlabel="predicted", ylabel="true")
     return fig
 
@@ -431,13 +410,13 @@ def plot_reliability(table: pd.DataFrame, ece: float | Estimate) -> Figure:
     """Accuracy against confidence, from ``reliability_table``, and how often each confidence is."""
     fig, axes = new_figure(6.5, 5.6, 2, 1, sharex=True, height_ratios=(3, 1))
     top, histogram = axes.flat
-    centre, accuracy, few = (table["lower"] + table["upper"]) / 2, table["accuracy"], 10
+    centre, few = (table["lower"] + table["upper"]) / 2, table["count"] < 10
     bars = {"width": table["upper"] - table["lower"], "color": SKY, "edgecolor": "white"}
-    pale, gap = f"accuracy, of fewer than {few} images", "gap to the mean confidence"
-    top.bar(centre, accuracy.where(table["count"] >= few), label="accuracy of the bin", **bars)
-    top.bar(centre, accuracy.where(table["count"] < few), alpha=0.3, label=pale, **bars)
+    right, sure = table["accuracy"], table["confidence"]
+    top.bar(centre, right.mask(few), label="accuracy of the bin", **bars)
+    top.bar(centre, right.where(few), alpha=0.3, label="the same, fewer than 10 images", **bars)
     top.plot([0, 1], [0, 1], "--", color="0.35", label="perfect calibration")
-    top.vlines(table["confidence"], accuracy, table["confidence"], color=RED, lw=2.5, label=gap)
+    top.vlines(sure, right, sure, color=RED, lw=2.5, label="gap to the mean confidence")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     top.set_title(f"Expected calibration error {ece:.3f}", loc="left")
     histogram.bar(centre, table["count"], **{**bars, "color": "0.6"})
@@ -449,13 +428,12 @@ def plot_reliability(table: pd.DataFrame, ece: float | Estimate) -> Figure:
 def plot_per_class(table: pd.DataFrame) -> Figure:
     """F1 (bars), precision and recall (marks) of each class, from ``per_class_table``."""
     classes, rows = table.index.astype(str).tolist(), np.arange(len(table))
-    fig, axes = new_figure(9, 1.5 + 0.33 * len(classes))
-    ax = axes[0, 0]
+    fig, [[ax]] = new_figure(9, 1.5 + 0.33 * len(classes))
     ax.barh(rows, table["f1"], color=list(class_colours(classes).values()), alpha=0.75)
     style = {"ls": "", "markersize": 7, "markeredgecolor": "black"}
-    above, below = rows - 0.19, rows + 0.19  # so that equal values do not hide each other
-    ax.plot(table["precision"], above, marker=">", color="white", label="precision", **style)
-    ax.plot(table["recall"], below, marker="o", color="0.45", label="recall", **style)
+    # One above the other, so that equal values do not hide each other.
+    ax.plot(table["precision"], rows - 0.19, ">", color="white", label="precision", **style)
+    ax.plot(table["recall"], rows + 0.19, "o", color="0.45", label="recall", **style)
     names = zip(class_labels(tuple(classes)), table["support"], strict=True)
     _name_rows(ax, [f"{name} ({images:,.0f})" for name, images in names])
     ax.set(xlim=(0, 1.02), xlabel="score")
@@ -465,16 +443,14 @@ def plot_per_class(table: pd.DataFrame) -> Figure:
 
 
 def plot_comparison(
-    metrics: Mapping[str, Mapping[str, Estimate]],
-    published: Mapping[str, float] | None = None,
+    metrics: Mapping[str, Mapping[str, Estimate]], published: Mapping[str, float] | None = None,
     metric: str = "accuracy",
-) -> Figure:
+) -> Figure:  # fmt: skip
     """`metric` of each model (points, 95 % intervals) over published values (diamonds) of it."""
     results = {name.replace("_", " "): found[metric] for name, found in metrics.items()}
     published = published or {}
     names, ours, theirs = [*results, *published], range(len(results)), [*published.values()]
-    fig, axes = new_figure(9, 1.2 + 0.36 * len(names))
-    ax = axes[0, 0]
+    fig, [[ax]] = new_figure(9, 1.2 + 0.36 * len(names))
     for row, e in zip(ours, results.values(), strict=True):
         ax.plot([e.low, e.high], [row, row], "|-", color=BLUE, lw=2, ms=11, mew=1.5)
     values, label = [e.value for e in results.values()], "measured here, with its 95 % interval"
@@ -484,7 +460,7 @@ def plot_comparison(
         ax.plot(theirs, range(len(results), len(names)), "D", **style)
     for row, text in enumerate([*map(str, results.values()), *(f"{v:.3f}" for v in theirs)]):
         ax.text(1.02, row, text, transform=ax.get_yaxis_transform(), va="center", size=9)
-    _name_rows(ax, names)
+    _name_rows(ax, names, lines=2)
     ax.margins(x=0.08)
     ax.set_xlabel(metric.replace("_", " ").replace("f1", "F1"))
     fig.legend(**BELOW)

@@ -1,288 +1,194 @@
 """The synthetic sample: a data set drawn by code, so that everything runs without a download."""
 
-import colorsys
-import contextlib
 import json
-import math
 import os
 import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from filelock import FileLock
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm.auto import tqdm
 
 from emotion_toolbox.emotions import MIKELS_CLASSES
+from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import resolve_path
-from emotion_toolbox.tables import (
-    SPLITS,
-    EmotionData,
-    load_splits,
-    summarise_sizes,
-    write_split_tables,
-)
+from emotion_toolbox.tables import EmotionData, load_splits, summarise_sizes, write_split_tables
+
+SAMPLE_ROOT, DEFAULT_ROOT = "data/sample", "data/processed/EmoSet_splits"
+SAMPLE_VERSION = 2  # raise it whenever the pictures change: older samples are then drawn again
+SAMPLE_COUNTS = {"train": 60, "val": 15, "test": 30}  # pictures a class, on average
+EMOSET_BALANCE = (1.32, 1.02, 1.11, 1.34, 0.72, 0.72, 0.91, 0.86)  # of the mean; in training only
 
 Rng = np.random.Generator
+Points = npt.NDArray[np.float64]
+Shapes = list[tuple[Points, str]]  # outlines [K, 2], from (0, 0) to (1, 1), and their colours
 
 
-def _tint(rng: Rng, hue: float, saturation: float, value: float) -> str:
-    """A random colour (`#rrggbb`) near the given hue, saturation and value, all from 0 to 1."""
-    s, v = np.clip(rng.normal([saturation, value], 0.09), 0, 1)
-    rgb = colorsys.hsv_to_rgb(rng.normal(hue, 0.05) % 1, s, v)
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
+def tint(rng: Rng, hue: float, saturation: float, value: float) -> str:
+    """A random colour near the given hue, saturation and value, all from 0 to 1."""
+    s, v = np.clip(rng.normal((saturation, value), 0.09), 0, 1)
+    return f"hsv({360 * rng.normal(hue, 0.05) % 360:.0f},{s:.0%},{v:.0%})"
 
 
-def _gradient(size: tuple[int, int], *stops: str) -> Image.Image:
-    """An image of `size` (width, height) that runs from the first colour down to the last."""
-    column = Image.new("RGB", (1, len(stops)))
-    for row, stop in enumerate(stops):
-        column.paste(stop, (0, row, 1, row + 1))
-    return column.resize(size, Image.Resampling.BICUBIC)
+def fan(centre: npt.ArrayLike, reach: float, turns: npt.ArrayLike) -> Points:
+    """Points [K, 2] at a distance of `reach` from the centre, in the directions `turns` [K]."""
+    return np.asarray(centre) + reach * np.stack([np.cos(turns), np.sin(turns)], 1)
 
 
-def _disc(
-    rng: Rng,
-    image: Image.Image,
-    colour: str,
-    radii: tuple[float, float],
-    low: float = 1.0,
-) -> None:
-    """Draw a disc somewhere above `low` (1: the lower edge); `radii` are shares of the width."""
-    x, y = rng.uniform(0, image.width), rng.uniform(0, low * image.height)
-    r = rng.uniform(*radii) * image.width
-    ImageDraw.Draw(image).ellipse([x - r, y - r, x + r, y + r], colour)
+def discs(rng: Rng, hues: npt.ArrayLike, value: float, least: float, most: float) -> Shapes:
+    """A disc of each hue, anywhere, with a radius from `least` to `most`."""
+    circle, places = np.linspace(0, 2 * np.pi, 30), []
+    for hue in np.atleast_1d(hues):
+        outline = fan(rng.random(2), rng.uniform(least, most), circle)
+        places.append((outline, tint(rng, hue, 0.65, value)))
+    return places
 
 
-def _ridge(rng: Rng, image: Image.Image, colour: str, top: float, rough: bool) -> None:
-    """Draw mountains (rough) or hills whose mean height is `top` (0: the upper edge)."""
-    x = np.linspace(0, 1, 29)
-    y = top + sum(
-        rng.normal(0, 0.06 / k) * np.sin(2 * np.pi * (k * x + rng.random())) for k in (1, 2)
-    )
-    if rough:
-        y = y + np.interp(x, np.sort(rng.random(11)), rng.uniform(-0.17, 0.1, 11))
-    outline = np.stack([x * image.width, y * image.height], 1).tolist()
-    corners = [(image.width, image.height), (0, image.height)]
-    ImageDraw.Draw(image).polygon([*map(tuple, outline), *corners], colour)
+def _confetti(rng: Rng, hue: float, value: float) -> Shapes:
+    return discs(rng, rng.random(rng.integers(14, 60)), 0.9, 0.015, 0.07)
 
 
-def _paint_amusement(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    ground = rng.choice([0.25, 0.9, 0.95])  # a party by night or by day
-    image = _gradient(size, *(_tint(rng, rng.random(), 0.3, ground) for _ in range(2)))
-    for _ in range(rng.integers(2, 7)):  # streamers
-        box = np.sort(rng.uniform(-0.3, 1.3, (2, 2)), axis=0) * size
-        start = rng.uniform(0, 360)
-        ImageDraw.Draw(image).arc(
-            [*box.ravel()],
-            start,
-            start + rng.uniform(60, 200),
-            _tint(rng, rng.random(), 0.7, 0.9),
-            6,
-        )
-    for _ in range(rng.integers(14, 60)):
-        _disc(rng, image, _tint(rng, rng.random(), 0.7, 0.9), (0.015, 0.07))
-    return image
+def _hills(rng: Rng, hue: float, value: float, rough: float = 0) -> Shapes:
+    shapes, x = discs(rng, 0.13, 0.95, 0.04, 0.1), np.linspace(0, 1, 30)
+    for top in np.linspace(0.5, 0.9, rng.integers(2, 5), endpoint=False):
+        y = top + 0.05 * np.sin(rng.uniform(4, 12) * x + 6 * rng.random())
+        y += rough * np.interp(x, np.sort(rng.random(11)), rng.uniform(-0.17, 0.1, 11))
+        outline = np.array([(0, 1), *zip(x, y, strict=True), (1, 1)])
+        shapes.append((outline, tint(rng, hue, 0.45, value * (1.2 - top))))
+    return shapes
 
 
-def _paint_excitement(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, vivid, rays = rng.random(), rng.choice([0.45, 0.8]), 2 * rng.integers(6, 14)
-    image = _gradient(size, _tint(rng, hue, vivid, 0.9), _tint(rng, hue + 0.05, vivid, 0.7))
-    colour = _tint(rng, hue + rng.uniform(0.05, 0.3), vivid, rng.choice([0.5, 0.9]))
-    centre = rng.uniform(0.2, 0.8, 2) * size
-    edges = rng.random() * 6.3 + np.cumsum(rng.uniform(0.6, 1.4, rays)) * 2 * math.pi / rays
-    ends = centre + 2 * max(size) * np.stack([np.cos(edges), np.sin(edges)], 1)
-    for one, two in ends.reshape(-1, 2, 2):
-        ImageDraw.Draw(image).polygon([*centre, *one, *two], colour)
-    return image
+def _mountains(rng: Rng, hue: float, value: float) -> Shapes:
+    stars = discs(rng, np.full(rng.integers(0, 40), 0.15), 1, 0.002, 0.005)
+    return stars + _hills(rng, hue, value, rough=1)
 
 
-def _paint_awe(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, layers = rng.choice([0.58, 0.66, 0.8, 0.05]), rng.integers(2, 5)
-    light = rng.choice([0.55, 0.8, 1.0])  # from night to day
-    sky = (hue, 0.6, 0.6), (hue + 0.15, 0.5, 0.8), (0.08, 0.45, 0.95)
-    image = _gradient(size, *(_tint(rng, h, s, v * light) for h, s, v in sky))
-    for _ in range(rng.integers(0, 40)):  # stars
-        _disc(rng, image, "#f5f0e1", (0.003, 0.006), 0.5)
-    _disc(rng, image, _tint(rng, 0.13, 0.3, 0.97), (0.03, 0.1), 0.5)
-    for k in range(layers):
-        shade = _tint(rng, hue, 0.45, light * (0.75 - 0.5 * k / layers))
-        _ridge(rng, image, shade, 0.5 + 0.4 * k / layers, rough=True)
-    return image
+def _rays(rng: Rng, hue: float, value: float) -> Shapes:
+    centre, edges = rng.uniform(0.2, 0.8, 2), np.cumsum(rng.uniform(0.1, 0.4, 24)).reshape(-1, 2)
+    colour = tint(rng, hue + rng.uniform(0.05, 0.3), 0.6, rng.choice([0.5, 0.9]))
+    return [(np.vstack([centre, fan(centre, 3, pair)]), colour) for pair in edges]
 
 
-def _paint_contentment(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, layers, light = rng.uniform(0.08, 0.62), rng.integers(2, 5), rng.choice([0.75, 1.0])
-    image = _gradient(
-        size, _tint(rng, 0.55, 0.3, 0.9 * light), _tint(rng, 0.12, 0.25, 0.95 * light)
-    )
-    _disc(rng, image, _tint(rng, 0.13, 0.25, 0.95), (0.04, 0.1), 0.4)
-    for k in range(layers):
-        shade = _tint(rng, hue, 0.4, light * (0.8 - 0.3 * k / layers))
-        _ridge(rng, image, shade, 0.5 + 0.4 * k / layers, rough=False)
-    return image.filter(ImageFilter.GaussianBlur(2))
+def _shards(rng: Rng, hue: float, value: float) -> Shapes:
+    centres = rng.random((rng.integers(12, 30), 2))
+    outlines = [centre + rng.normal(0, 0.15, (3, 2)) for centre in centres]
+    return [(one, tint(rng, hue, 0.75, rng.choice([0.1, 0.45, 0.8]))) for one in outlines]
 
 
-def _paint_anger(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, ground = rng.choice([0.0, 0.02, 0.06, 0.94]), rng.choice([0.25, 0.5, 0.85])
-    image = _gradient(size, _tint(rng, hue, 0.6, ground), _tint(rng, hue, 0.8, ground))
-    for _ in range(rng.integers(9, 24)):
-        corners = rng.integers(3, 8)
-        turns = np.sort(rng.random(corners)) * 2 * math.pi
-        reach = rng.uniform(0.03, 0.4, (corners, 1)) * min(size)
-        points = rng.random(2) * size + reach * np.stack([np.cos(turns), np.sin(turns)], 1)
-        shade = _tint(rng, hue, 0.75, rng.choice([0.1, 0.45, 0.75, 0.85]))
-        ImageDraw.Draw(image).polygon([*points.ravel()], shade)
-    return image
+def _mould(rng: Rng, hue: float, value: float) -> Shapes:
+    large = discs(rng, np.full(rng.integers(30, 80), hue), 0.9 - value, 0.02, 0.12)
+    return large + discs(rng, np.full(rng.integers(10, 40), hue), value, 0.01, 0.05)
 
 
-def _paint_disgust(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, cells = rng.uniform(0.05, 0.4), rng.integers(6, 14)
-    noise = Image.fromarray(rng.normal(128, 130, (cells, cells)).clip(0, 255).astype(np.uint8))
-    noise = noise.resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(10))
-    dark = Image.new("RGB", size, _tint(rng, hue, 0.55, rng.choice([0.25, 0.4])))
-    light = Image.new("RGB", size, _tint(rng, hue, 0.55, rng.choice([0.55, 0.85])))
-    image = Image.composite(dark, light, noise)
-    for _ in range(rng.integers(4, 22)):
-        _disc(rng, image, _tint(rng, hue, 0.6, rng.choice([0.3, 0.65])), (0.01, 0.06))
-    return image
-
-
-def _paint_fear(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, (width, height) = rng.choice([0.6, 0.75, 0.4, 0.05]), size
-    night, bark = rng.choice([[0.2, 0.6], [0.15, 0.5], [0.6, 0.15]])  # the last: dark in the fog
-    image = _gradient(size, _tint(rng, hue, 0.35, night), _tint(rng, hue, 0.4, 0.5 * night))
-    draw, pale = ImageDraw.Draw(image), _tint(rng, hue, 0.15, bark)
-    tips = [
-        (rng.uniform(0.1, 0.9) * width, float(height), -1.6, 0.3) for _ in range(rng.integers(1, 4))
-    ]
-    while tips:
-        x, y, turn, length = tips.pop()
-        end = x + length * height * math.cos(turn), y + length * height * math.sin(turn)
-        draw.line([(x, y), end], pale, max(2, round(20 * length)))
+def _branches(rng: Rng, hue: float, value: float) -> Shapes:
+    bark, shapes = tint(rng, hue, 0.15, 0.7 - value), Shapes()
+    tips = [(x, 1.0, -1.6, 0.3) for x in rng.random(rng.integers(1, 4))]
+    for x, y, turn, length in tips:  # and those that grow from them
+        (end,) = fan((x, y), length, [turn])
+        across = fan((0, 0), length / 30, [turn - 1.6, turn + 1.6])
+        shapes.append((np.vstack([(x, y) + across, end - across]), bark))
         if length > 0.06:
-            turns = rng.normal(turn, 0.6, 2)
-            tips += [(*end, t, length * rng.uniform(0.5, 0.85)) for t in turns]
-    for x, y in rng.uniform(0, 0.8, (rng.integers(0, 3), 2)) * size:
-        for eye in (x, x + 0.07 * width):
-            draw.ellipse([eye, y, eye + 0.04 * width, y + 0.03 * width], _tint(rng, 0.14, 0.4, 0.9))
-    return image
+            tips += [(*end, t, length * rng.uniform(0.5, 0.85)) for t in rng.normal(turn, 0.6, 2)]
+    return shapes
 
 
-def _paint_sadness(rng: Rng, size: tuple[int, int]) -> Image.Image:
-    hue, light = rng.choice([0.1, 0.55, 0.6, 0.65]), rng.uniform(0.25, 0.75)
-    slant, drop = rng.uniform(-0.35, 0.35), _tint(rng, hue, 0.15, light + 0.25)
-    image = _gradient(size, _tint(rng, hue, 0.25, light), _tint(rng, hue, 0.3, 0.7 * light))
-    for _ in range(rng.integers(0, 7)):
-        _disc(rng, image, _tint(rng, rng.choice([hue, 0.1]), 0.3, light + 0.2), (0.04, 0.13))
-    image = image.filter(ImageFilter.GaussianBlur(6))
-    for x, y in rng.uniform(-0.1, 1, (rng.integers(40, 140), 2)) * size:
-        fall = rng.uniform(0.04, 0.16) * size[1]
-        ImageDraw.Draw(image).line([x, y, x + slant * fall, y + fall], drop, 2)
-    return image
+def _rain(rng: Rng, hue: float, value: float) -> Shapes:
+    drop, slant = tint(rng, hue, 0.15, value + 0.25), rng.uniform(-0.35, 0.35)
+    fall, places = np.array([(0, 0), (slant, 1), (0.05, 0)]), rng.uniform(-0.1, 1, (100, 2))
+    return [(place + rng.uniform(0.04, 0.16) * fall, drop) for place in places]
 
 
-PAINTERS = {
-    "amusement": _paint_amusement,
-    "awe": _paint_awe,
-    "contentment": _paint_contentment,
-    "excitement": _paint_excitement,
-    "anger": _paint_anger,
-    "disgust": _paint_disgust,
-    "fear": _paint_fear,
-    "sadness": _paint_sadness,
+# of each class: hues, saturation and values of the ground, what is drawn on it, and its blur
+CLASSES: dict[str, tuple[Sequence[float], float, Sequence[float], Callable[..., Shapes], float]] = {
+    "amusement": ((0.1, 0.3, 0.5, 0.7, 0.9), 0.3, (0.25, 0.9), _confetti, 0),
+    "awe": ((0.05, 0.58, 0.66, 0.8), 0.5, (0.5, 0.75, 0.95), _mountains, 0),
+    "contentment": ((0.1, 0.25, 0.4, 0.55), 0.4, (0.7, 0.95), _hills, 2),
+    "excitement": ((0.0, 0.2, 0.4, 0.6, 0.8), 0.6, (0.7, 0.9), _rays, 0),
+    "anger": ((0.0, 0.05, 0.9), 0.7, (0.25, 0.5, 0.85), _shards, 0),
+    "disgust": ((0.1, 0.2, 0.35), 0.5, (0.25, 0.4, 0.6), _mould, 6),
+    "fear": ((0.05, 0.4, 0.6, 0.75), 0.35, (0.15, 0.6), _branches, 0),
+    "sadness": ((0.1, 0.57, 0.65), 0.25, (0.2, 0.4, 0.65), _rain, 0),
 }
 
 
+def paint_class(label: str, rng: Rng, side: int) -> Image.Image:
+    """A square picture of one class alone."""
+    hues, saturation, values, draw_shapes, blur = CLASSES[label]
+    hue, value = rng.choice(hues), rng.choice(values)
+    top = tint(rng, hue, saturation, value)
+    bottom = tint(rng, hue + rng.uniform(-0.1, 0.1), saturation, value)
+    image = ImageOps.colorize(Image.linear_gradient("L").resize((side, side)), top, bottom)
+    draw = ImageDraw.Draw(image)
+    for outline, colour in draw_shapes(rng, hue, value):
+        draw.polygon((side * outline).ravel().tolist(), colour)
+    return image.filter(ImageFilter.BoxBlur(blur))
+
+
 def paint_picture(label: str, key: Sequence[int], size: int) -> Image.Image:
-    """Draw an RGB picture of class `label`, seeded by `key`; its shorter side is about `size`."""
-    rng, own = np.random.default_rng(key), MIKELS_CLASSES.index(label)
-    short = size * rng.uniform(0.9, 1.1)
-    sides = round(short), round(short * rng.uniform(1, 1.45))
-    width, height = sides if rng.random() < 0.4 else sides[::-1]
+    """Draw an RGB picture of class `label`, seeded by `key`; its shorter side is about `size`.
+
+    Feelings are rarely pure: up to almost half of it is a picture of another class, mostly of a
+    neighbour, and its light and colourfulness are drawn at random.
+    """
+    rng = np.random.default_rng(key)
+    short = round(size * rng.uniform(0.9, 1.1))
+    sides = short, round(short * rng.uniform(1, 1.45))
     step = rng.choice([-1, 1]) if rng.random() < 0.6 else rng.integers(1, 8)
-    names = label, MIKELS_CLASSES[(own + step) % len(MIKELS_CLASSES)]
+    names = label, MIKELS_CLASSES[(MIKELS_CLASSES.index(label) + step) % 8]
     # painted twice as large, then halved: that smooths the edges
-    first, second = (PAINTERS[name](rng, (2 * width, 2 * height)).reduce(2) for name in names)
-    share, tilt = rng.uniform(0, 0.4), rng.uniform(-0.25, 0.25, 2)  # of the second; it varies
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]  # over the picture
-    mask = (share + min(1, 3 * share) * (tilt[0] * x + tilt[1] * y)).clip(0, 1)
-    image = Image.composite(second, first, Image.fromarray((255 * mask).astype(np.uint8)))
-    image = ImageEnhance.Brightness(image).enhance(rng.lognormal(0, 0.22))
-    image = ImageEnhance.Color(image).enhance(rng.lognormal(0, 0.35))
-    cast = Image.new("RGB", image.size, _tint(rng, rng.random(), 0.6, 0.6))
-    return Image.blend(image, cast, rng.uniform(0, 0.18))
+    first, second = (paint_class(name, rng, 2 * short) for name in names)
+    image = Image.blend(first, second, rng.uniform(0, 0.45))
+    image = ImageOps.fit(image, sides if rng.random() < 0.4 else sides[::-1])
+    image = ImageEnhance.Brightness(image).enhance(rng.lognormal(0, 0.25))
+    return ImageEnhance.Color(image).enhance(rng.lognormal(0, 0.35))
 
 
-SAMPLE_ROOT = "data/sample"
-DEFAULT_ROOT = "data/processed/EmoSet_splits"
-SAMPLE_VERSION = 1  # raise it whenever the pictures change: older samples are then drawn again
-SAMPLE_COUNTS = {"train": 60, "val": 15, "test": 30}  # pictures a class, on average
-EMOSET_BALANCE = (1.32, 1.02, 1.11, 1.34, 0.72, 0.72, 0.91, 0.86)  # of the mean class, as above
-SAMPLE_SOURCE = "synthetic sample: drawn by emotion_transfer/sample.py, not photographs"
-
-
-def _sample_plan(recipe: Mapping[str, Any]) -> list[tuple[str, str, str, tuple[int, ...]]]:
+def sample_plan(recipe: Mapping[str, Any]) -> pd.DataFrame:
     """Split, path, label and seeding key of every picture."""
-    even = (1.0,) * len(MIKELS_CLASSES)
-    return [
+    rows = [
         (split, f"{split}/{label}/{label}_{i:04d}.jpg", label, (recipe["seed"], s, c, i))
-        for s, split in enumerate(SAMPLE_COUNTS)
+        for s, (split, mean) in enumerate(recipe["counts"].items())
         for c, label in enumerate(MIKELS_CLASSES)
-        for i in range(
-            max(1, round(recipe["counts"][split] * (EMOSET_BALANCE if s == 0 else even)[c]))
-        )
+        for i in range(max(1, round(mean * (EMOSET_BALANCE[c] if split == "train" else 1))))
     ]
+    return pd.DataFrame(rows, columns=["split", "path", "label", "key"])
 
 
-def _draw_into(folder: Path, recipe: Mapping[str, Any]) -> None:
+def draw_into(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Draw every picture of the recipe into `folder` and write its tables."""
-    plan, sizes = _sample_plan(recipe), []
-    for _, path, label, key in tqdm(plan, "drawing the sample", unit="image"):
-        image = paint_picture(label, key, recipe["size"])
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(folder / path, quality=90)
+    plan, sizes = sample_plan(recipe), []
+    for row in tqdm(plan.to_dict("records"), "drawing the sample", unit="image"):
+        image = paint_picture(row["label"], row["key"], recipe["size"])
+        (folder / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / row["path"], quality=90)
         sizes.append(image.size)
-    rows = pd.DataFrame(plan, columns=["split", "path", "label", "key"])
-    tables = {split: rows.loc[rows["split"] == split, ["path", "label"]] for split in SAMPLE_COUNTS}
-    stats = {"source": SAMPLE_SOURCE, "synthetic": True, "recipe": recipe, "images_root": "."}
+    tables = {str(split): rows[["path", "label"]] for split, rows in plan.groupby("split")}
+    source = "synthetic sample: drawn by emotion_toolbox/sample.py, not photographs"
+    stats = {"source": source, "synthetic": True, "recipe": recipe, "images_root": "."}
     stats["image_sizes"] = summarise_sizes(sizes)
     write_split_tables(folder, tables, MIKELS_CLASSES, stats)
 
 
-def _recipe_of(root: Path) -> Any:
+def sample_recipe(root: Path) -> Any:
     """The recipe of the sample in `root`, or None if there is no sample."""
     try:
         stats = json.loads((root / "stats.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return stats["recipe"] if stats["synthetic"] else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return stats.get("recipe") if isinstance(stats, dict) and stats.get("synthetic") else None
 
 
-def _sample_complete(root: Path, recipe: Mapping[str, Any]) -> bool:
-    if _recipe_of(root) != recipe:
+def sample_complete(root: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether `root` holds every file of this recipe's sample."""
+    if sample_recipe(root) != recipe:
         return False
-    tables = [f"{split}.csv" for split in SAMPLE_COUNTS]
-    files = ["label_map.json", *tables, *(path for _, path, _, _ in _sample_plan(recipe))]
+    files = ["label_map.json", *(f"{s}.csv" for s in SAMPLE_COUNTS), *sample_plan(recipe)["path"]]
     return all((root / name).is_file() for name in files)
-
-
-def _put_in_place(draft: Path, root: Path, recipe: Mapping[str, Any]) -> None:
-    """Rename `draft` to `root`; an older sample there goes, a finished one of this recipe stays."""
-    old = draft.with_name(draft.name + "-old")
-    try:
-        if not _sample_complete(root, recipe):
-            with contextlib.suppress(FileNotFoundError):
-                root.rename(old)
-            draft.rename(root)
-    except OSError:  # another process may just have put its own there
-        if not _sample_complete(root, recipe):
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def draw_sample(
@@ -290,34 +196,34 @@ def draw_sample(
 ) -> Path:
     """Draw the synthetic sample into the folder `root`, unless it is there already, and return it.
 
-    Args:
-        counts: pictures a class in "train", "val" and "test" (the mean, where classes differ).
-        size: about the length of the shorter side in pixels.
+    `counts` are pictures a class (in training, the mean), and `size` is about the shorter side in
+    pixels. A drawing that is stopped leaves nothing that looks complete.
 
     Raises:
-        ValueError: if a count or the size is impossible.
-        FileExistsError: if `root` holds anything but a sample; nothing of it is touched.
+        DataError: if `root` holds anything but a sample (it is not touched) or cannot be written.
     """
-    if set(counts) != set(SAMPLE_COUNTS) or min(counts.values()) < 1 or size < 16:
-        raise ValueError(
-            f"counts={dict(counts)}, size={size}: give at least 1 picture a class for each of "
-            f"{', '.join(SAMPLE_COUNTS)}, and at least 16 pixels"
-        )
     recipe = {"version": SAMPLE_VERSION, "seed": seed, "size": size, "counts": dict(counts)}
-    if _sample_complete(root, recipe):
+    if sample_complete(root, recipe):
         return root
-    if root.exists() and _recipe_of(root) is None and (root.is_file() or any(root.iterdir())):
-        raise FileExistsError(
-            f"{root} holds something else than the synthetic sample (no stats.json there says "
-            "it does); choose another folder, or delete this one"
+    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not sample_recipe(root)):
+        raise DataError(
+            f"{root} holds something else than the synthetic sample (no stats.json there says it "
+            "does); choose another folder, or delete this one"
         )
-    draft = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
-    draft.mkdir(parents=True)
+    draft = root.with_name(f".{root.name}.partial")
     try:
-        _draw_into(draft, recipe)
-        _put_in_place(draft, root, recipe)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not sample_complete(root, recipe):  # another process may just have drawn it
+                shutil.rmtree(draft, ignore_errors=True)  # of a drawing that was stopped
+                draw_into(draft, recipe)
+                shutil.rmtree(root, ignore_errors=True)
+                draft.rename(root)
+    except OSError as error:
+        raise DataError(
+            f"the sample cannot be drawn into {root}: {error}; start Jupyter in a folder where you "
+            "may write, or set DATA_ROOT to a data set of your own"
+        ) from error
     return root
 
 
@@ -326,8 +232,9 @@ def uses_sample(dataset: str, data_root: str) -> bool:
     if dataset != "auto":
         return dataset == "sample"
     root = resolve_path(data_root)
-    absent = not os.path.lexists(root) or root.is_dir()
-    present = [s for s in SPLITS if os.path.lexists(root / f"{s}.csv")]
+    # lexists: a link to a disk that is not mounted is a data set somebody meant
+    absent = root.is_dir() or not os.path.lexists(root)
+    present = any(os.path.lexists(root / f"{split}.csv") for split in SAMPLE_COUNTS)
     return data_root == DEFAULT_ROOT and absent and not present
 
 

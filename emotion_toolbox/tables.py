@@ -7,9 +7,13 @@ import io
 import json
 import os
 import posixpath
+import re
+import unicodedata
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,14 @@ from emotion_toolbox.emotions import order_of
 from emotion_toolbox.errors import DataError
 
 SPLITS = ("train", "val", "test")
+PATH_COLUMNS = (
+    *("path", "image_path", "filepath", "file"),
+    *("filename", "file_name", "image", "img", "image_name"),
+)
+LABEL_COLUMNS = ("label", "emotion", "class", "target", "category")
+KNOWN_COLUMNS = frozenset({*PATH_COLUMNS, *LABEL_COLUMNS})
+MISSING = frozenset(("nan", "null", "none", "na", "n/a", "#n/a", "nil", "<na>", "missing"))
+Records = list[tuple[int, list[str]]]  # the lines of a table and their values; the header first
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ def load_splits(
 ) -> EmotionData:
     """Read the three splits in `root`, whose paths start at `images_root`.
 
+    Labels that may be one and the same are warned of.
+
     Raises:
         DataError: for a missing or malformed file, an unknown label, an empty split, or a path
             that occurs twice, or a class without a training image.
@@ -103,7 +117,9 @@ def load_splits(
     splits = {s: make_split(s, root, images_root, tables[s], classes) for s in SPLITS}
     refuse_repeated_paths(splits)
     refuse_untaught_classes(splits["train"], classes)
-    return EmotionData(name or root.name, root, classes, splits, synthetic)
+    data = EmotionData(name or root.name, root, classes, splits, synthetic)
+    warn_of_spellings(data.counts().sum(axis="columns"))
+    return data
 
 
 def prepared_images_root(root: Path) -> Path:
@@ -121,83 +137,92 @@ def prepared_images_root(root: Path) -> Path:
         raise DataError(f"{file} is damaged ({error}); delete it and set IMAGES_ROOT") from error
 
 
-PATH_COLUMNS = (
-    *("path", "image_path", "filepath", "file"),
-    *("filename", "file_name", "image", "img", "image_name"),
-)
-LABEL_COLUMNS = ("label", "emotion", "class", "target", "category")
+def read_table(file: Path) -> pd.DataFrame:
+    """A table as text: columns `path`, `label`, `row` (its line), and the others that have names.
+
+    The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
+    """
+    return check_records(file, read_csv_records(file))
 
 
-OWN_COLUMNS = {"path", "label", "row"}
+def read_csv_records(file: Path) -> Records:
+    """What stands in a CSV, without blank lines; raises ``DataError`` if it is unreadable or empty.
 
-
-def read_csv_records(file: Path) -> list[tuple[int, list[str]]]:
-    """Line and values of every record that is not blank; raises ``DataError`` if unreadable."""
-    records, line = [], 1
+    Commas, semicolons or tabs separate the values, with spaces after them or not.
+    """
+    records: Records = []
+    line = 1
     try:
         data = file.read_bytes()
         text = data.decode("utf-8-sig")
         if "\0" in text:
             line = text.count("\n", 0, text.index("\0")) + 1
             raise ValueError("NUL character; is it UTF-16?")
-        head = text.lstrip().partition("\n")[0]
-        delimiter = max(",;\t", key=head.count)  # of equals, the comma
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        spaced = re.search(r'[,;\t] +"', text) is not None  # else a path may begin with a space
+        options: dict[str, Any] = {"delimiter": find_separator(text), "skipinitialspace": spaced}
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
         for values in reader:
             if len(values) > 1 or "".join(values).strip():
                 records.append((line, values))
             line = reader.line_num + 1
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file} row {line} is not UTF-8: {error.reason}") from error
+        message = f"is not UTF-8 ({error.reason}); save it as CSV UTF-8"
+        raise DataError(f"{file} row {line} {message}") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file} row {line} cannot be read as CSV: {error}") from error
+    if not records:
+        raise DataError(f"{file} is empty; its first line should be: path,label")
     return records
 
 
-def read_table(file: Path) -> pd.DataFrame:
-    """A table as text: columns `path` and `label`, `row` (its line), and any others it has.
+def find_separator(text: str) -> str:
+    """The separator between the most known names in the first line of a table, else the comma."""
+    header = re.split(r"[\r\n]", text.strip("\r\n "), maxsplit=1)[0].replace('"', "").lower()
+    names = {mark: {name.strip() for name in header.split(mark)} for mark in ",;\t"}
+    return max(names, key=lambda mark: len(names[mark] & KNOWN_COLUMNS))
 
-    The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
-    """
-    records = read_csv_records(file)
-    if not records:
-        raise DataError(f"{file} is empty; its first line should be: path,label")
-    header = [name.strip() for name in records.pop(0)[1]]
-    chosen = [find_column(file, header, names) for names in (PATH_COLUMNS, LABEL_COLUMNS)]
+
+def check_records(file: Path, records: Records) -> pd.DataFrame:
+    """What ``read_table`` gives, of `records` from a table of any kind; ``DataError`` likewise."""
+    (top, names), *rows = records
+    names = [name.strip() for name in names]
+    header = [low if (low := name.lower()) in KNOWN_COLUMNS else name for name in names]
     if twice := [name for name in header if name and header.count(name) > 1]:
-        raise DataError(f"{file} row 1 names the column {twice[0]} twice; rename one of them")
-    if not records:
-        raise DataError(f"{file} lists no image; give every split at least one row")
-    for line, values in records:
-        if len(values) != len(header):
-            raise DataError(
-                f"{file} row {line} has {len(values)} values where the header has {len(header)}; "
-                "a value that holds a comma needs double quotes around it"
-            )
-        for column, value in zip(("path", "label"), (values[i] for i in chosen), strict=True):
-            if not value.strip():
-                raise DataError(f"{file} row {line} has an empty {column}; fill or remove it")
-            if "\n" in value or "\r" in value:
-                raise DataError(
-                    f"{file} row {line} has a line break in its {column}, {value[:40]!r}; is a "
-                    "quotation mark missing?"
-                )
-    others = [i for i in range(len(header)) if i not in chosen and header[i] not in OWN_COLUMNS]
+        raise DataError(f"{file} row {top} names the column {twice[0]} twice; rename one of them")
+    chosen = []
+    for accepted in (PATH_COLUMNS, LABEL_COLUMNS):
+        found = [header.index(name) for name in accepted if name in header]
+        if not found:
+            have = ", ".join(names)
+            raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
+        chosen.append(found[0])
+    if not rows:
+        raise DataError(f"{file} lists no image; give it at least one row")
+    for line, values in rows:
+        if fault := fault_of(values, len(header), chosen):
+            raise DataError(f"{file} row {line} {fault}")
+    others = [i for i, name in enumerate(header) if i not in chosen and name not in ("", "row")]
+    content = [[values[i] for i in (*chosen, *others)] for _, values in rows]
     columns = ["path", "label", *(header[i] for i in others)]
-    rows = [[values[i] for i in (*chosen, *others)] for _, values in records]
-    table = pd.DataFrame(rows, columns=columns, dtype=str)
+    table = pd.DataFrame(content, columns=columns, dtype=str)
     labels = table["label"].str.strip().str.normalize("NFC")
-    return table.assign(label=labels, row=[line for line, _ in records])
+    return table.assign(label=labels, row=[line for line, _ in rows])
 
 
-def find_column(file: Path, header: Sequence[str], accepted: Sequence[str]) -> int:
-    """Position in `header` of the first of the `accepted` names; ``DataError`` if none is there."""
-    found = [name for name in accepted if name in header]
-    if not found:
-        have = ", ".join(header)
-        raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
-    return header.index(found[0])
+def fault_of(values: Sequence[str], columns: int, chosen: Sequence[int]) -> str:
+    """What is wrong with a record whose path and label are the `chosen` values; "" for nothing."""
+    if len(values) != columns:
+        return (
+            f"has {len(values)} values where the header has {columns}; a value that holds the "
+            "separator needs double quotes around it"
+        )
+    for column, value in zip(("path", "label"), (values[i] for i in chosen), strict=True):
+        if not value.strip():
+            return f"has an empty {column}; fill or remove it"
+        if "\n" in value or "\r" in value:
+            return f"has a line break in its {column}, {value[:40]!r}; is a quotation mark missing?"
+    return ""
 
 
 def class_order(root: Path, train: pd.DataFrame) -> tuple[str, ...]:
@@ -219,7 +244,8 @@ def read_label_map(file: Path) -> tuple[str, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     pairs = [p for p in content if isinstance(p, tuple)] if isinstance(content, list) else []
-    names, numbers = [name for name, _ in pairs], [number for _, number in pairs]
+    names = [unicodedata.normalize("NFC", name) for name, _ in pairs]
+    numbers = [number for _, number in pairs]
     wanted = '{"first class": 0, "second class": 1, ...}, numbered from 0 without gaps'
     if not pairs or len(pairs) < len(content) or any(type(n) is not int for n in numbers):
         raise DataError(f"{file} must be an object {wanted}")
@@ -243,13 +269,59 @@ def make_split(
     unknown = table.loc[~table["label"].isin(list(number))]
     if len(unknown):
         row, label = unknown.iloc[0][["row", "label"]]
+        same = [name for name in classes if spelling_key(name) == spelling_key(label)]
         raise DataError(
             f"{file} row {row} has the unknown label {label!r} ({len(unknown)} such rows); "
-            f"known: {', '.join(classes)}. Correct the row, or add the class to label_map.json"
+            f"known: {', '.join(classes)}. Correct the row"
+            + (f" to {same[0]!r}" if same else ", or add the class to label_map.json")
         )
     labels = np.array([number[label] for label in table["label"]], dtype=np.int64)
     rows = np.array(table["row"], dtype=np.int64)
-    return Split(name, file, images_root, table["path"].tolist(), labels, rows)
+    files = [find_image(images_root, listed) for listed in table["path"]]
+    return Split(name, file, images_root, files, labels, rows)
+
+
+def find_image(root: Path, listed: str) -> str:
+    """`listed`, or the spelling of it that is in `root`.
+
+    Systems write accents in two ways, one turns slashes round, and a table may have spaces around
+    its values. A path without any of these is not looked for.
+    """
+    plain = listed.isascii() and "\\" not in listed and listed == listed.strip()
+    if plain or os.path.exists(root / listed):
+        return listed
+    found = ""
+    for part in PurePosixPath(listed.strip().replace("\\", "/")).parts:
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        paths = [posixpath.join(found, form) for form in forms]
+        found = next((path for path in paths if os.path.exists(root / path)), "")
+        if not found:
+            return listed
+    return found
+
+
+def spelling_key(label: str) -> str:
+    """What a label has in common with other spellings of it."""
+    text = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+    text = "".join(filter(str.isprintable, text))  # without what has no width
+    try:
+        return "missing" if text in MISSING else str(float(text))
+    except ValueError:
+        return text
+
+
+def warn_of_spellings(counts: "pd.Series[int]") -> None:
+    """Warn of labels, with their numbers of images, that may be the same, or missing ones."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for label, count in counts.items():
+        alike[spelling_key(str(label))].append(f"{label!r} ({count} images)")
+    for key, labels in alike.items():
+        if len(labels) > 1:
+            text = f"{' and '.join(labels)} may be one label; if so, give them one spelling"
+            warnings.warn(text, stacklevel=3)
+        elif key == "missing":
+            text = f"the label {labels[0]} may stand for none; if so, remove its rows"
+            warnings.warn(text, stacklevel=3)
 
 
 def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:

@@ -68,10 +68,9 @@ ERASE_RATIO = (0.3, 3.3)
 # %% [markdown]
 # A crop has a random area and aspect ratio, as torchvision's `RandomResizedCrop` draws them
 # (`crop_sizes??`; [Szegedy et al. 2015](https://arxiv.org/abs/1409.4842)). Crop, mirror image and
-# rotation are all *affine*: together they are one 2 x 3 matrix that says
-# where in the stored image each pixel of the output looks. One resampling instead of three is
-# faster, and sharper. Where a rotated crop looks beyond its own edge it sees what really lies
-# there, not black corners.
+# rotation are all *affine*: together they are one 2 x 3 matrix that says where in the stored image
+# each pixel of the output looks. One resampling instead of three is faster, and sharper. Where a
+# rotated crop looks beyond its own edge it sees what really lies there, not black corners.
 
 
 # %%
@@ -88,10 +87,10 @@ def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Flo
 
 
 # %% [markdown]
-# All of it together. Random erasing hides a rectangle, so that no single detail decides ([Zhong et
-# al. 2020](https://arxiv.org/abs/1708.04896)). A setting of 0 switches its part off *exactly*, so
-# what a part is worth can be measured by leaving it out. (For the crop that setting is `CROP_SCALE
-# = (1, 1)`: always all of the stored image.)
+# All of it together. Random erasing hides a rectangle, so that no single detail decides
+# ([Zhong et al. 2020](https://arxiv.org/abs/1708.04896)). A setting of 0 switches its part off
+# *exactly*, so what a part is worth can be measured by leaving it out. (For the crop that setting
+# is `CROP_SCALE = (1, 1)`: always all of the stored image.)
 
 
 # %%

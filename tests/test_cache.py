@@ -1,15 +1,21 @@
 """The cache: right pixels whatever happens to it, to its sources, or to who fills it."""
 
+import dataclasses
+import errno
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_run import listed
 
 from emotion_toolbox import cache
@@ -86,6 +92,20 @@ def test_nothing_is_decoded_twice(tiny_root, place, decoded_files):
     assert_right(again)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_neither_threads_nor_chunks_change_anything(tiny_root, place, monkeypatch, chunk):
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", chunk)
+    assert_right(build(tiny_root, place, threads=3))
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 1)  # one image at a time is the least
+    assert_right(build(tiny_root, place / "other", threads=2))
+
+
+def test_the_map_cannot_be_written_to(tiny_root, place):
+    for _ in range(2):  # new, and found
+        with pytest.raises(ValueError, match="read-only"):
+            build(tiny_root, place).pixels["val"].array[0] = 0
+
+
 def test_a_plain_numpy_program_can_read_the_array(tiny_root, place):
     decoded = build(tiny_root, place)
     array = np.load(next(f for f in arrays(place) if f.name.startswith("train")), mmap_mode="r")
@@ -93,13 +113,59 @@ def test_a_plain_numpy_program_can_read_the_array(tiny_root, place):
     np.testing.assert_array_equal(array, decoded.pixels["train"].gather(np.arange(24)))
 
 
-def test_a_copy_with_new_dates_is_not_decoded_again(tiny_root, place, decoded_files):
+def test_a_copy_with_new_dates_is_not_decoded_again(tiny_root, place, decoded_files, monkeypatch):
     build(tiny_root, place)
-    for file in tiny_root.rglob("*.jpg"):
+    files = {f: f.stat().st_ino for f in arrays(place)}
+    for file in [*tiny_root.rglob("*.jpg"), *tiny_root.rglob("*.png")]:
         os.utime(file, (1e9, 1e9))
     again = build(tiny_root, place)
     assert len(decoded_files) == TOTAL
     assert_right(again)
+    assert {f: f.stat().st_ino for f in arrays(place)} == files  # nor are its pixels copied
+    monkeypatch.setattr(cache, "read_image_bytes", lambda path: pytest.fail("read again"))
+    build(tiny_root, place)
+
+
+def rewrite(table: Path, change) -> None:
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *change(rows)]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda rows: rows[::-1], lambda rows: rows[3:-2], lambda rows: [rows[1], rows[0], *rows[2:]]],
+    ids=["reversed", "fewer", "two exchanged"],
+)
+def test_another_table_of_the_same_images_decodes_nothing(
+    tiny_root, place, decoded_files, monkeypatch, change
+):
+    build(tiny_root, place)
+    whole = (tiny_root / "train.csv").read_text()
+    rewrite(tiny_root / "train.csv", change)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read_image_bytes", lambda path: pytest.fail("read again"))
+        other = build(tiny_root, place)
+    assert_right(other)
+    assert len(decoded_files) == TOTAL
+    (tiny_root / "train.csv").write_text(whole)
+    assert_right(build(tiny_root, place))
+    assert len(decoded_files) <= TOTAL + 5  # those that were gone
+
+
+def test_a_renamed_file_is_not_decoded_again(tiny_root, place, decoded_files):
+    build(tiny_root, place)
+    old = (tiny_root / "train.csv").read_text().splitlines()[4].split(",")[0]
+    (tiny_root / old).rename(tiny_root / "été 日本;'.bin")
+    rewrite(tiny_root / "train.csv", lambda rows: [r.replace(old, "été 日本;'.bin") for r in rows])
+    assert_right(build(tiny_root, place))
+    assert len(decoded_files) == TOTAL
+
+
+def test_pixels_of_another_decoder_are_left_alone(tiny_root, place, monkeypatch, decoded_files):
+    build(tiny_root, place)
+    monkeypatch.setattr(cache, "DECODER_VERSION", cache.DECODER_VERSION + 1)
+    build(tiny_root, place)
+    assert len(decoded_files) == 2 * TOTAL
 
 
 @pytest.mark.parametrize("keep_date", [True, False])
@@ -131,6 +197,18 @@ def test_a_run_in_training_keeps_its_pixels(tiny_root, place, decoded_files):
     np.testing.assert_array_equal(train.gather(np.arange(24)), before)
     assert len(decoded_files) <= TOTAL + 1  # the pixels that were there have been copied
     assert len(arrays(place)) == 3  # and the old array is gone from the disk
+
+
+def test_a_run_keeps_the_pixels_of_an_image_that_breaks_and_comes_back_another(tiny_root, place):
+    running = build(tiny_root, place)
+    before = running.pixels["val"].gather(np.arange(12)).copy()
+    path, good = running.data.splits["val"].path(3), running.data.splits["val"].path(4)
+    path.write_bytes(b"broken")
+    assert len(build(tiny_root, place).bad) == 1
+    shutil.copyfile(good, path)
+    os.utime(path, (1e9, 1e9))
+    assert_right(build(tiny_root, place))
+    np.testing.assert_array_equal(running.pixels["val"].gather(np.arange(12)), before)
 
 
 def test_sets_in_other_places_and_sizes_have_folders_of_their_own(tiny_root, tmp_path, place):
@@ -177,8 +255,30 @@ def test_a_bad_image_is_tried_every_time(tiny_root, place):
     good = path.read_bytes()
     path.write_bytes(b"broken")
     assert len(build(tiny_root, place).bad) == 1
+    files = {f: f.stat().st_ino for f in arrays(place)}
+    assert len(build(tiny_root, place).bad) == 1
+    assert {f: f.stat().st_ino for f in arrays(place)} == files  # the other pixels stay there
     path.write_bytes(good)
     again = build(tiny_root, place)
+    assert again.bad.empty
+    assert_right(again)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_only_could_not_be_read_is_tried_again(tiny_root, place, monkeypatch, keep):
+    """A disk that fails for a moment changes no date."""
+    read_bytes = Path.read_bytes
+
+    def failing(self):
+        if self.name == "joy_001.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        reasons = build(tiny_root, place if keep else None).bad["reason"].tolist()
+        assert reasons == ["Input/output error"] * 3
+    again = build(tiny_root, place if keep else None)
     assert again.bad.empty
     assert_right(again)
 
@@ -216,6 +316,22 @@ DAMAGE = {
     "long": lambda data: data + b"x",
     "no array": lambda data: b"x" * len(data),
     "zeroed": lambda data: data[:128] + bytes(len(data) - 128),
+    "one bit": lambda data: data[: len(data) // 2] + flipped(data) + data[len(data) // 2 + 1 :],
+}
+
+
+def flipped(data: bytes) -> bytes:
+    return bytes([data[len(data) // 2] ^ 1])
+
+
+# arrays of another form, or of the right one with other pixels
+EXCHANGES = {
+    "another size": lambda array: np.zeros((12, 8, 8, 3), np.uint8),
+    "another shape": lambda array: array.transpose(0, 3, 1, 2).copy(),
+    "another type": lambda array: array.astype(np.int8),
+    "column by column": np.asfortranarray,
+    "objects": lambda array: np.array([{}, 1], dtype=object),
+    "mirrored": lambda array: array[::-1].copy(),
 }
 
 
@@ -232,11 +348,20 @@ def test_a_damaged_cache_is_named_and_built_again(tiny_root, place, capsys, dama
         assert f"{victim.with_suffix('.npy')} " in capsys.readouterr().out
 
 
-def test_another_size_under_the_same_name_is_built_again(tiny_root, place):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_another_array_under_the_same_name_is_built_again(tiny_root, place, capsys, exchange):
     build(tiny_root, place)
     victim = next(f for f in arrays(place) if f.name.startswith("test"))
-    np.save(victim, np.zeros((12, 8, 8, 3), np.uint8))
+    np.save(victim, EXCHANGES[exchange](np.load(victim)))
     assert_right(build(tiny_root, place))
+    assert f"{victim} is damaged" in capsys.readouterr().out
+
+
+def test_a_deleted_array_or_index_is_built_again(tiny_root, place):
+    for suffix in (".npy", ".npz"):
+        build(tiny_root, place)
+        next(f for f in place.rglob(f"*{suffix}") if f.name.startswith("val")).unlink()
+        assert_right(build(tiny_root, place))
 
 
 def test_a_full_disk_is_named_before_the_work(tiny_root, place, monkeypatch, decoded_files):
@@ -245,6 +370,47 @@ def test_a_full_disk_is_named_before_the_work(tiny_root, place, monkeypatch, dec
     with pytest.raises(DataError, match=r"needs 0\.00 GB more in .*CACHE_DIR.*CACHE=False"):
         build(tiny_root, place)
     assert not decoded_files and not arrays(place)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_room_that_cannot_be_had_is_named_before_the_work(
+    tiny_root, place, monkeypatch, decoded_files, number
+):
+    monkeypatch.setattr(os, "posix_fallocate", failing_with(number))
+    with pytest.raises(DataError, match=rf"{os.strerror(number)}; set CACHE_DIR .*CACHE=False"):
+        build(tiny_root, place)
+    assert not decoded_files and not arrays(place)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_reserve_is_used(tiny_root, place, monkeypatch, number):
+    monkeypatch.setattr(os, "posix_fallocate", failing_with(number), raising=False)
+    assert_right(build(tiny_root, place))
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert_right(build(tiny_root, place / "other"))
+
+
+def failing_with(number: int):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_disk_that_fills_up_on_the_way_is_named(tiny_root, place, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing_with(errno.ENOSPC))
+        with pytest.raises(DataError, match="No space left on device.*; set CACHE_DIR"):
+            build(tiny_root, place)
+    assert_right(build(tiny_root, place))
+
+
+def test_the_room_is_really_taken(tiny_root, place):
+    build(tiny_root, place)
+    for file in arrays(place):
+        info = file.stat()
+        assert getattr(info, "st_blocks", info.st_size) * 512 >= info.st_size
 
 
 def test_the_room_that_is_still_needed(tiny_root, place):
@@ -305,23 +471,76 @@ class Crash(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("died_at", [1, 2, 3, 5, 8, 13])
-def test_a_crash_at_a_file_operation_corrupts_nothing(tiny_root, place, monkeypatch, died_at):
-    monkeypatch.setattr(cache, "CHUNK_IMAGES", 4)
+@pytest.mark.parametrize("call", ["fsync", "replace", "unlink"])
+@pytest.mark.parametrize("before", ["nothing", "other pictures", "another order"])
+def test_a_crash_at_any_file_operation_corrupts_nothing(
+    tiny_root, tmp_path, monkeypatch, before, call
+):
+    """Stop at the first, second, ... of them; then go on, or back to what was there before."""
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 6)
     monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
-    original, calls = os.replace, []
+    old = load_splits(tiny_root).splits["val"]
+    new = dataclasses.replace(old, images_root=shutil.copytree(tiny_root, tmp_path / "new"))
+    if before == "other pictures":
+        for i in range(12):
+            Image.new("RGB", (50, 50), f"#{i:02d}80{i:02d}").save(new.path(i))
+    if before == "another order":
+        new = new.select(np.arange(12)[::-1])
+    original, died_at, died = getattr(os, call), 0, True
+    while died:
+        died_at, calls = died_at + 1, itertools.count(1)
+        folder = tmp_path / f"crash-{died_at}"
+        if before != "nothing":
+            cache.build_array(old, folder, SIDE, 1)
 
-    def dying(*args):
-        calls.append(args)
-        if len(calls) == died_at:
-            raise Crash
-        return original(*args)
+        def dying(*args, calls=calls, died_at=died_at, **options):
+            if next(calls) >= died_at:  # a dead process does nothing more
+                raise Crash
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, dying)
+            try:
+                cache.build_array(new, folder, SIDE, 1)
+                died = False
+            except Crash:
+                pass
+        shutil.copytree(folder, tmp_path / f"back-{died_at}")
+        for split, place in ((new, folder), (old, tmp_path / f"back-{died_at}")):
+            array, reasons = cache.build_array(split, place, SIDE, 1)
+            direct = [decode_image(split.path(i).read_bytes(), SIDE) for i in range(12)]
+            np.testing.assert_array_equal(array.pixels, direct)
+            assert not reasons
+    assert died_at > (4 if before == "nothing" or call != "unlink" else 1)
+
+
+def test_an_interrupted_build_stops_soon_and_keeps_what_it_has(
+    tiny_root, place, monkeypatch, decoded_files
+):
+    monkeypatch.setattr(cache, "CHUNK_IMAGES", 2)
+    original, calls = cache.write_pixels, []
+
+    def interrupted(*args):
+        calls.append(original(*args))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying)
-        with pytest.raises(Crash):
+        patch.setattr(cache, "write_pixels", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             build(tiny_root, place)
+    assert len(decoded_files) <= 11  # three chunks and two ahead, and the one in work
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    decoded_files.clear()
     assert_right(build(tiny_root, place))
+    assert len(decoded_files) == TOTAL - 4
+
+
+def test_many_threads_at_once_decode_once(tiny_root, place, decoded_files):
+    with ThreadPoolExecutor(3) as pool:
+        for decoded in pool.map(lambda _: build(tiny_root, place), range(3)):
+            assert_right(decoded)
+    assert len(decoded_files) == TOTAL
 
 
 def test_two_processes_at_once(tiny_root, place):

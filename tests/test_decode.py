@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image, ImageDraw, features
+from PIL import BmpImagePlugin, Image, ImageDraw, features
 from torchvision.transforms.v2 import functional as tv
 
-from emotion_toolbox import decoding as data_module
+from emotion_toolbox import decoding
 from emotion_toolbox.decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     decode_image,
+    image_suffixes,
     read_image_bytes,
+    readable_formats,
 )
 from emotion_toolbox.errors import ImageError
 
@@ -642,6 +645,221 @@ def test_the_limit_in_pixels_is_of_the_header() -> None:
     assert grown < 64
 
 
+# ------------------------------------------------------------------- what does not matter
+
+
+def chunks(raw: bytes) -> list[tuple[bytes, bytes]]:
+    """Names and contents of the chunks of a PNG, in order."""
+    found, start = [], 8
+    while start < len(raw):
+        (length,) = struct.unpack_from(">I", raw, start)
+        found.append((raw[start + 4 : start + 8], raw[start + 8 : start + 8 + length]))
+        start += 12 + length
+    return found
+
+
+def with_chunk(raw: bytes, chunk: bytes, *, last: bool = False) -> bytes:
+    """A PNG with one more chunk: before the pixels, or after them."""
+    place = raw.index(b"IEND" if last else b"IDAT") - 4
+    return raw[:place] + chunk + raw[place:]
+
+
+def damaged(chunk: bytes) -> bytes:
+    return chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+
+BULK = np.random.default_rng(5).bytes(1_500_000)
+PACKED = zlib.compress(BULK)
+BOMB = zlib.compress(bytes(2**28))  # 256 MB in 260 kB
+SIDE_CHUNKS = {
+    "large profile": (b"iCCP", b"profile\0\0" + PACKED),
+    "large text": (b"tEXt", b"Comment\0" + BULK),
+    "large packed text": (b"zTXt", b"parameters\0\0" + PACKED),
+    "large text of the world": (b"iTXt", b"workflow\0\0\0\0\0" + b"\xc3\xa9" * 10**6),
+    "large packed text of the world": (b"iTXt", b"workflow\0\1\0\0\0" + PACKED),
+    "large orientation": (b"zTXt", b"Raw profile type exif\0\0" + PACKED),
+    "large description": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * 1_200_000),
+    "large packed description": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + PACKED),
+    "a bomb of text": (b"zTXt", b"Raw profile type exif\0\0" + BOMB),
+    "a bomb of a profile": (b"iCCP", b"profile\0\0" + BOMB),
+    "profile of an unknown kind": (b"iCCP", b"profile\0\7" + PACKED[:100]),
+    "profile without an end of its name": (b"iCCP", b"profile"),
+    "text of an unknown kind": (b"zTXt", b"Raw profile type exif\0\7abc"),
+    "short gamma": (b"gAMA", b"\0"),
+    "short density": (b"pHYs", b"\0\0"),
+    "short colours": (b"cHRM", b""),
+    "empty intent": (b"sRGB", b""),
+    "animation without frames": (b"acTL", bytes(8)),
+    "frame of no size": (b"fcTL", bytes(26)),
+    "frame outside": (b"fcTL", struct.pack(">5I2H2B", 0, 999, 999, 5, 5, 1, 1, 0, 0)),
+    "of somebody's own": (b"prVt", b"whatever"),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["before the pixels", "after them"])
+@pytest.mark.parametrize("case", SIDE_CHUNKS)
+def test_side_chunks_of_a_png_decide_nothing(case: str, last: bool) -> None:
+    expected = decode_image(PNG, 32)
+    chunk = png_chunk(*SIDE_CHUNKS[case])
+    for raw in (with_chunk(PNG, chunk, last=last), with_chunk(PNG, damaged(chunk), last=last)):
+        traced, _ = peak_of(lambda raw=raw: decode_image(raw, 32))
+        np.testing.assert_array_equal(decode_image(raw, 32), expected)
+        assert traced < 32  # nothing of it is unpacked without a bound
+
+
+def test_an_animated_png_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (50, 40), c) for c in ("red", "lime", "blue")]
+    raw = encode(frames[0], save_all=True, append_images=frames[1:])
+    assert b"fdAT" in raw
+    assert (decode_image(raw, 32) == (255, 0, 0)).all()
+
+
+def raw_profile(value: int) -> bytes:
+    """EXIF data as ImageMagick puts them into a text of a PNG."""
+    exif = orientation(value)
+    return b"\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode())
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+ORIENTING_TEXTS = {
+    "EXIF as text": (b"tEXt", b"Raw profile type exif\0" + raw_profile(6)),
+    "EXIF as packed text": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw_profile(6))),
+    "XMP": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+}
+
+
+@pytest.mark.parametrize("case", ORIENTING_TEXTS)
+def test_an_orientation_in_a_text_of_a_png_is_used(case: str) -> None:
+    chunk = png_chunk(*ORIENTING_TEXTS[case])
+    upright = np.rot90(decode_image(PNG, 32), -1)
+    np.testing.assert_array_equal(decode_image(with_chunk(PNG, chunk), 32), upright)
+    ours = decode_image(with_chunk(PNG, damaged(chunk)), 32)  # then nobody knows
+    np.testing.assert_array_equal(ours, decode_image(PNG, 32))
+
+
+@pytest.mark.bad_image
+@pytest.mark.parametrize("name", [b"IHDR", b"PLTE", b"tRNS", b"IDAT"])
+def test_damage_where_it_matters_names_the_chunk(name: bytes) -> None:
+    indexed = Image.fromarray(smooth()).quantize(16)
+    raw = encode(indexed, transparency=bytes(range(0, 256, 16)))
+    content = dict(chunks(raw))[name]
+    place = raw.index(name) + 4 + len(content) // 2
+    raw = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+    with pytest.raises(
+        ImageError, match=f"^damaged PNG: wrong checksum of its chunk b'{name.decode()}'$"
+    ):
+        decode_image(raw, 32)
+
+
+@pytest.mark.bad_image
+def test_a_damaged_length_names_the_place() -> None:
+    start = PNG.index(b"IDAT") - 4
+    raw = PNG[:start] + b"\x7f" + PNG[start + 1 :]
+    with pytest.raises(ImageError, match=f"PNG, at byte {start}.*IDAT"):
+        decode_image(raw, 32)
+
+
+@pytest.mark.bad_image
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000"])
+def test_a_damaged_header_is_not_called_another_kind_of_file(kind: str) -> None:
+    raw = encode(smooth(), kind)
+    with pytest.raises(ImageError) as caught:
+        decode_image(raw[:16] + b"\xff" * 500, 32)
+    assert "not an image" not in str(caught.value)
+
+
+# ------------------------------------------------------------------- HEIF, and suffixes
+
+
+def test_every_suffix_is_of_a_format_that_is_read(tmp_path: Path) -> None:
+    usual = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    usual |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".mpo", ".apng"}
+    assert usual <= image_suffixes()
+    picture = Image.fromarray(smooth())
+    for suffix in sorted(image_suffixes()):
+        assert suffix == suffix.lower() and suffix.startswith(".")
+        kind = Image.registered_extensions()[suffix]
+        if suffix != ".pfm" and (kind != "AVIF" or features.check("avif")):
+            (tmp_path / f"a{suffix}").write_bytes(encode(picture, kind))
+            ours = decode_image(read_image_bytes(tmp_path / f"a{suffix}"), 32)
+            assert_close(ours, reference(smooth(), 32), mean=4, most=90)
+    for other in (".eps", ".psd", ".tga", ".ico", ".svg", ".pdf", ".mp4", ".txt", ""):
+        assert other not in image_suffixes()
+
+
+@pytest.fixture
+def fresh_formats() -> Iterator[None]:
+    """Formats that are looked for anew, and are as they were afterwards."""
+    opens, suffixes = dict(Image.OPEN), dict(Image.EXTENSION)
+    for function in (readable_formats, image_suffixes):
+        function.cache_clear()
+    yield
+    Image.OPEN.clear()
+    Image.OPEN.update(opens)
+    Image.EXTENSION.clear()
+    Image.EXTENSION.update(suffixes)
+    for function in (readable_formats, image_suffixes):
+        function.cache_clear()
+
+
+@pytest.mark.bad_image
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
+def test_heif_without_its_package_names_the_remedy(
+    brand: bytes, fresh_formats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # importing it is an ImportError
+    Image.OPEN.pop("HEIF", None)
+    raw = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + bytes(300)
+    with pytest.raises(ImageError, match="HEIF.*pip install pillow-heif"):
+        decode_image(raw, 32)
+    assert ".heic" not in image_suffixes()
+
+
+def test_heif_with_its_package_is_read(fresh_formats: None) -> None:
+    pytest.importorskip("pillow_heif")
+    assert {".heic", ".heif", ".hif"} <= image_suffixes()
+    stored = smooth(96, 64)
+    assert_close(decode_image(encode(stored, "HEIF"), 32), reference(stored, 32), mean=4, most=90)
+    turned = encode(stored, "HEIF", exif=orientation(6))
+    expected = reference(np.ascontiguousarray(UPRIGHT[6](stored)), 32)
+    assert_close(decode_image(turned, 32), expected, mean=4, most=90)
+    with pytest.raises(ImageError):
+        decode_image(turned[: len(turned) // 2], 32)
+    if features.check("avif"):  # a brand that both formats use
+        for kind in ("HEIF", "AVIF"):
+            raw = encode(stored, kind)
+            ours = decode_image(raw[:8] + b"mif1" + raw[12:], 32)
+            np.testing.assert_array_equal(ours, decode_image(raw, 32))
+
+
+def test_a_plug_in_for_heif_is_registered_and_used(
+    fresh_formats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the package: its format is BMP behind the mark of HEIF."""
+    mark = b"\0\0\0\x0cftypheic"
+
+    class Heif(BmpImagePlugin.BmpImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            assert self.fp is not None
+            self.fp = io.BytesIO(self.fp.read()[len(mark) :])
+            super()._open()
+
+    package = types.ModuleType("pillow_heif")
+
+    def register() -> None:
+        Image.register_open("HEIF", Heif, lambda prefix: prefix.startswith(mark))
+        Image.register_extension("HEIF", ".heic")
+
+    package.register_heif_opener = register  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    assert ".heic" in image_suffixes()
+    ours = decode_image(mark + encode(smooth(), "BMP"), 32)
+    np.testing.assert_array_equal(ours, decode_image(encode(smooth(), "BMP"), 32))
+
+
 # ------------------------------------------------------------------- paths
 
 
@@ -706,7 +924,7 @@ def test_only_photographs_formats_are_tried(monkeypatch: pytest.MonkeyPatch) -> 
     for kind in ("TGA", "ICO", "PCX", "SGI", "DDS", "EPS"):
         with pytest.raises(ImageError, match="not an image"):
             decode_image(encode(smooth(), kind), 32)
-    monkeypatch.setattr(data_module, "IMAGE_FORMATS", ("PNG", "NO_SUCH_PLUG_IN"))
+    monkeypatch.setattr(decoding, "readable_formats", lambda: ("PNG",))
     assert decode_image(PNG, 32).shape == (32, 32, 3)
     with pytest.raises(ImageError, match="not an image"):
         decode_image(JPEG, 32)

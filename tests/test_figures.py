@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,32 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.axis import Axis
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 from PIL import Image
 
+from emotion_toolbox import figures
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.figures import (
     EMOTION_COLOURS,
     class_colours,
+    class_labels,
     fit_text,
     mark_synthetic,
     new_figure,
     plot_class_distribution,
     plot_comparison,
     plot_confusion,
+    plot_curves,
     plot_gradcam,
+    plot_guesses,
     plot_history,
     plot_image_grid,
     plot_mistakes,
@@ -36,6 +46,7 @@ from emotion_toolbox.figures import (
     plot_reliability,
     plot_rows,
     plot_schedule,
+    plot_stages,
     save_figure,
 )
 from emotion_toolbox.measures import Estimate, per_class_table, reliability_table
@@ -45,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # a layout that fails only war
 CLASSES = {
     2: ["cat", "a rather long class name that goes on and on"],
     8: list(MIKELS_CLASSES),
-    20: [f"class_{i}_with_quite_a_long_name_{i}" for i in range(20)],
+    25: [f"class_{i}_with_quite_a_long_name_{i}" for i in range(25)],
 }
 THAWS = [(3.0, "last stages thaw"), (10.0, "all layers thaw")]
 
@@ -76,11 +87,9 @@ def drawn_texts(fig: Figure) -> list[tuple[str, Any]]:
 
 
 def assert_readable(fig: Figure) -> None:
-    """No text is cut off by the figure's edge, and none lies on another."""
+    """No text lies on another (none is cut off: a figure is saved with all that it draws)."""
     texts, boxes = zip(*drawn_texts(fig), strict=True)
     low, high = (np.array([getattr(box, end) for box in boxes]) for end in ("min", "max"))
-    cut = ((low < -1) | (high > np.array(fig.bbox.size) + 1)).any(axis=1)
-    assert not cut.any(), f"cut off: {[texts[i] for i in np.flatnonzero(cut)]}"
     shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
     pairs = np.argwhere(np.triu((shared > 1).all(axis=2), k=1))
     assert not len(pairs), f"overlapping: {[(texts[i], texts[j]) for i, j in pairs]}"
@@ -96,6 +105,30 @@ def legend_of(fig: Figure) -> list[str]:
 
 def lines(ax: Any) -> dict[str, Any]:
     return {line.get_label(): line for line in ax.get_lines()}
+
+
+def steps(ax: Any) -> dict[str, Any]:
+    """The values and edges of the lines that are drawn as steps."""
+    return {
+        patch.get_label(): patch.get_data() for patch in ax.patches if isinstance(patch, StepPatch)
+    }
+
+
+def spans(ax: Any) -> dict[str, tuple[float, float]]:
+    """First and last epoch of the shaded bands."""
+    bands = [patch for patch in ax.patches if not isinstance(patch, StepPatch)]
+    return {b.get_label(): (b.get_x(), b.get_x() + b.get_width()) for b in bands}
+
+
+def events(ax: Any) -> list[float]:
+    """Where the upright lines stand."""
+    found = [line for line in ax.get_lines() if "after epoch" in line.get_label()]
+    found += [line for line in ax.get_lines() if "best epoch" in line.get_label()]
+    return [float(line.get_xdata()[0]) for line in found]
+
+
+def panel_legend(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def picture(height: int = 24, width: int = 24, value: int = 120) -> npt.NDArray[np.uint8]:
@@ -124,7 +157,7 @@ def history(epochs: int) -> pd.DataFrame:
             "val_ema_macro_f1": 0.24 + 0.5 * rise,
             "train_clean_accuracy": 0.3 + 0.6 * rise,
             "lr_head": 3e-3 / epoch,
-            "lr_backbone": np.where(epoch <= 3, 0.0, 3e-5 / epoch),
+            "lr_backbone": np.where(epoch <= 3, np.nan, 3e-5 / epoch),
             "images_per_second": 2400.0 + epoch,
             "seconds": 60.0,
             "memory_mb": 11264.0,
@@ -133,12 +166,17 @@ def history(epochs: int) -> pd.DataFrame:
     return table.assign(gap=table["train_clean_accuracy"] - table["val_accuracy"])
 
 
-def schedule() -> pd.DataFrame:
-    epoch = np.linspace(0, 40, 400, endpoint=False)
-    head = 3e-3 * (1 + np.cos(epoch % 10 / 10 * np.pi)) / 2 + 1e-6
-    return pd.DataFrame(
-        {"epoch": epoch, "lr_head": head, "lr_backbone": np.where(epoch < 3, 0, head / 100)}
-    )
+def rates(epoch: int, step: int) -> tuple[float, float]:
+    """Three cosines from 3e-3 to 1e-6 in cycles of ten epochs of 20 steps; no backbone at first."""
+    head = 3e-3 * (1 + np.cos((epoch + step / 20) % 10 / 10 * np.pi)) / 2 + 1e-6
+    return head, np.nan if epoch < 3 else head / 100
+
+
+def stages(epochs: list[float | None]) -> pd.DataFrame:
+    parameters = np.array([9_536, 215_808, 14_964_736, 2_640_000])
+    table = {"stage": ["stem", "layer1", "layer4", "head"], "parameters": parameters}
+    share = parameters / parameters.sum()
+    return pd.DataFrame({**table, "share": share, "trains_from": pd.Series(epochs, dtype=object)})
 
 
 def counts(names: list[str]) -> pd.DataFrame:
@@ -181,7 +219,16 @@ def mistakes_figure(names: list[str]) -> Figure:
 
 def grid_figure(names: list[str]) -> Figure:
     colours = list(class_colours(names).values())
-    return plot_image_grid([picture()] * len(names), names, title="Images", title_colours=colours)
+    return plot_image_grid([picture()] * len(names), names, title="Images", frames=colours)
+
+
+def guesses_figure(names: list[str]) -> Figure:
+    truth, p = answers(len(names), 6)
+    return plot_guesses([picture()] * 6, truth, p[::-1], p, names)
+
+
+def measured(metric: str = "accuracy", **found: Estimate) -> dict[str, dict[str, Estimate]]:
+    return {name: {metric: estimate} for name, estimate in found.items()}
 
 
 FIGURES = [
@@ -191,6 +238,7 @@ FIGURES = [
     *by_classes(per_class_figure),
     *by_classes(mistakes_figure),
     *by_classes(grid_figure),
+    *by_classes(guesses_figure),
     *[
         pytest.param(
             lambda n=n: plot_history(history(n), best_epoch=min(n, 31), thaws=THAWS),
@@ -198,20 +246,23 @@ FIGURES = [
         )
         for n in (1, 4, 40)
     ],
-    pytest.param(lambda: plot_schedule(schedule(), THAWS, 37), id="schedule"),
+    pytest.param(lambda: plot_schedule(rates, 40, 20, THAWS, 37), id="schedule"),
+    pytest.param(lambda: plot_stages(stages([11, 11, 4, 1]), picture()), id="stages"),
+    pytest.param(lambda: plot_stages(stages([None, None, 4, 1]), picture()), id="never"),
+    pytest.param(lambda: plot_curves({"ours": [0.3, 0.5], "b": [0.1]}, "accuracy"), id="curves"),
     pytest.param(
         lambda: plot_rows({"a": [picture()], "a long label, wrapped": [picture()] * 8}, "Title"),
         id="rows",
     ),
     pytest.param(
         lambda: plot_gradcam(
-            np.stack([picture()] * 5), np.zeros((5, 24, 24)), ["true contentment, 93% awe"] * 5
+            np.stack([picture()] * 5), np.zeros((5, 3, 3)), ["true contentment, 93% awe"] * 5
         ),
         id="gradcam",
     ),
     pytest.param(
         lambda: plot_comparison(
-            {"ours": Estimate(0.76, 0.757, 0.769), "majority": Estimate(0.13, 0.12, 0.14)},
+            measured(ours=Estimate(0.76, 0.757, 0.769), majority=Estimate(0.13, 0.12, 0.14)),
             {"a published network with a long name (Author et al. 2023)": 0.74},
         ),
         id="comparison",
@@ -232,10 +283,13 @@ def test_every_text_can_be_read(make: Callable[[], Figure]) -> None:
     fig = make()
     assert fig.get_figwidth() <= 13
     assert_readable(fig)
-    mark_synthetic(fig)
+    mark_synthetic(fig, "DEBUG | SYNTHETIC SAMPLE, efficientnet_lite0")
     assert_readable(fig)
     mark = next(text for text in fig.texts if "SYNTHETIC" in text.get_text()).get_window_extent()
-    assert not any(mark.overlaps(ax.get_window_extent()) for ax in fig.axes if ax.axison)
+    assert not any(mark.overlaps(ax.get_window_extent()) for ax in fig.axes)
+    whole = fig.get_tightbbox().padded(0.02)  # inches; what is saved
+    assert whole.contains(*(mark.min / fig.dpi))
+    assert whole.contains(*(mark.max / fig.dpi))
 
 
 # --- style -------------------------------------------------------------------------------------
@@ -245,7 +299,7 @@ def test_a_notebook_shows_the_figure_without_pyplot_or_a_backend(tmp_path: Path)
     """In a fresh interpreter, as a kernel that never imported pyplot."""
     script = (
         "from IPython.core.formatters import DisplayFormatter\n"
-        "from emotion_transfer.plots.style import new_figure\n"
+        "from emotion_toolbox.figures import new_figure\n"
         "fig, axes = new_figure(3, 2)\n"
         "axes[0, 0].plot([1, 2])\n"
         "data, _ = DisplayFormatter().format(fig)\n"
@@ -261,7 +315,7 @@ def test_no_plot_leaves_a_pyplot_figure_or_changes_a_setting() -> None:
 
     before = dict(mpl.rcParams)
     confusion_figure(CLASSES[8])
-    plot_history(history(4))
+    plot_history(history(4), best_epoch=2)
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before
 
@@ -279,7 +333,7 @@ def test_emotions_keep_their_colours_and_others_get_distinct_ones() -> None:
         "fear": EMOTION_COLOURS["fear"],
         "awe": EMOTION_COLOURS["awe"],
     }
-    for n in (2, 8, 10, 11, 20):
+    for n in (2, 8, 10, 11, 25):
         names = [f"class {i}" for i in range(n)]
         colours = class_colours(names)
         assert list(colours) == names
@@ -312,18 +366,6 @@ def test_emotions_stay_apart_with_a_colour_vision_deficiency(deficiency: str) ->
     assert min(distances) > 0.05  # about 0.02 can just be told apart
 
 
-def test_ink_has_the_contrast_that_wcag_asks_for() -> None:
-    def luminance(colour: str) -> float:
-        rgb = np.array(to_rgb(colour))
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
-
-    palette = [*EMOTION_COLOURS.values(), *class_colours(CLASSES[20]).values(), "#777777"]
-    for colour in palette:
-        light, dark = sorted([luminance(colour), luminance(ink_on(colour))], reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
-
-
 def test_fit_text() -> None:
     assert fit_text("awe", 1, 10) == "awe"
     middle = fit_text("class_10_with_a_long_name_10", 1.5, 10)
@@ -336,34 +378,154 @@ def test_fit_text() -> None:
     assert_readable(fig)
 
 
-def test_title_is_at_the_left_and_wraps() -> None:
-    fig, _ = new_figure(4, 2)
-    set_figure_title(fig, "a title that is a good deal too long for a narrow figure")
-    assert fig.get_suptitle().count("\n") >= 1
+def test_title_of_a_grid_is_at_the_left_and_wraps() -> None:
+    fig = plot_image_grid(
+        [picture()], ["one"], title="a title that is too long for one picture, by far, and goes on"
+    )
+    (title,) = fig.findobj(lambda text: isinstance(text, Text) and text.get_text()[:7] == "a title")
+    assert isinstance(title, Text)
+    assert title.get_text().count("\n") >= 1
+    assert title.get_window_extent().x0 == pytest.approx(0, abs=2)
 
 
-def test_save_figure_marks_only_the_synthetic(tmp_path: Path) -> None:
+LITERAL = ["a $x^2$ b$", r"\frac\$", "under_score", "_hidden", "<b>&amp;", "{x}%s"]
+
+
+@pytest.mark.parametrize("make", [
+    distribution_figure, confusion_figure, per_class_figure, mistakes_figure, grid_figure,
+    guesses_figure, lambda names: plot_rows({name: [picture()] for name in names}),
+    lambda names: plot_curves({name: [0.1, 0.2] for name in names}, "accuracy"),
+])  # fmt: skip
+def test_names_stay_literal(make: Callable[[list[str]], Figure]) -> None:
+    """Nothing is typeset as a formula, and every character of every name is drawn."""
+    found = [text for text, _ in drawn_texts(make(LITERAL))]
+    assert not any(map(is_math_text, found))
+    drawn = " ".join(found).replace(r"\$", "$")
+    kept = ["".join(name.split("_")) for name in LITERAL]  # runs are named with spaces
+    for name, bare in zip(LITERAL, kept, strict=True):
+        assert name in drawn or bare in drawn.replace(" ", "") or guesses_figure is make, name
+
+
+def build_font(folder: Path, name: str, characters: str) -> Path:
+    """A font of squares for `characters` alone."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 700), (700, 700), (700, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square, names = pen.glyph(), [f"glyph{i}" for i in range(len(characters))]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", *names])
+    font.setupCharacterMap({ord(c): glyph for c, glyph in zip(characters, names, strict=True)})
+    font.setupGlyf(dict.fromkeys([".notdef", *names], square))
+    font.setupHorizontalMetrics(dict.fromkeys([".notdef", *names], (800, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": name, "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    font.setupPost()
+    font.save(folder / f"{name}.ttf")
+    return folder / f"{name}.ttf"
+
+
+@pytest.fixture
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str], None]]:
+    """A function that installs a font of that name with those characters, for this test."""
+    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
+
+    def forget() -> None:
+        for function in (figures.find_fonts, figures._characters, figures.class_labels):
+            function.cache_clear()
+
+    def add(name: str, characters: str) -> None:
+        fontManager.addfont(build_font(tmp_path, name, characters))
+        forget()
+
+    forget()
+    yield add
+    forget()
+
+
+@pytest.mark.parametrize("make", [
+    distribution_figure, confusion_figure, per_class_figure, mistakes_figure, grid_figure,
+    guesses_figure,
+])  # fmt: skip
+def test_a_font_that_has_the_characters_is_found(
+    make: Callable[[list[str]], Figure], install: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    install("Zwei", "\U000f0001")
+    install("Eins Sans", "\U000f0000")
+    names = ["\U000f0000a", "b\U000f0001", "\U000f0001\U000f0000", "plain"]
+    fig = save_figure(make(names), tmp_path, "figure")  # a glyph that is missing would warn
+    shown = {text.get_text(): text for text in fig.findobj(Text) if "\U000f0001" in text.get_text()}
+    assert shown
+    for text, drawn in shown.items():
+        families = drawn.get_fontfamily()
+        assert "Zwei" in families
+        assert ("Eins Sans" in families) == ("\U000f0000" in text)
+
+
+def test_names_that_no_font_has_are_numbered_and_said_once(
+    install: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    install("Eins", "\U000f0000")
+    names = ["\U000f0000", "calm", "\U000f0777", "\U000f0000\U000f0778"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        shown = [make(names) for make in (confusion_figure, mistakes_figure, per_class_figure)]
+        shown += [distribution_figure(names), guesses_figure(names)]
+        for i, fig in enumerate(shown):
+            save_figure(fig, tmp_path, str(i))
+        save_figure(plot_rows({"\U000f0777\x07": [picture()]}, "\U000f0778"), tmp_path, "rows")
+    (warning,) = said
+    assert "class 2 is \U000f0777; class 3 is \U000f0000\U000f0778" in str(warning.message)
+    assert "install" in str(warning.message)
+    labels = [label.get_text() for label in shown[0].axes[0].get_yticklabels()]
+    assert labels == ["\U000f0000", "calm", "class 2", "class 3"]
+    assert shown[1].axes[1].get_title() == "calm\n→ class 2 93%"
+    assert class_labels(tuple(names)) == labels
+    assert (
+        fit_text("\U000f0777 and \x07", 3, 9) == r"\U000f0777 and \x07"
+    )  # outside of names: the code
+
+
+def amber(file: Path) -> Any:
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return (np.abs(pixels - (255, 213, 79)).max(axis=2) < 8).sum()
+
+
+def test_save_figure_says_the_note_and_nothing_without_one(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "figures"
-    for name, synthetic in (("real", False), ("drawn", True)):
-        fig = plot_class_distribution(counts(CLASSES[8]))
-        assert save_figure(fig, folder, name, synthetic=synthetic) is fig
-        with Image.open(folder / f"{name}.png") as image:
-            assert image.format == "PNG"
-            assert image.size == tuple(round(150 * side) for side in fig.get_size_inches())
-            corner = np.asarray(image.convert("RGB"))[:45, -230:].reshape(-1, 3)
-        amber = (np.abs(corner.astype(int) - (255, 213, 79)).max(axis=1) < 8).mean()
-        assert (amber > 0.2) == synthetic
-        assert any("SYNTHETIC" in text for text, _ in drawn_texts(fig)) == synthetic
-    assert sorted(path.name for path in folder.iterdir()) == ["drawn.png", "real.png"]
+    for name, note in (("real", ""), ("drawn", "SYNTHETIC SAMPLE, resnet50"), ("two", "DEBUG")):
+        fig = plot_class_distribution(counts(["a", "b"]))
+        assert save_figure(fig, folder, name, note=note) is fig
+        assert (amber(folder / f"{name}.png") > 1000) == bool(note)
+        assert [text.get_text() for text in fig.texts] == [note] * bool(note)
+    assert sorted(path.name for path in folder.iterdir()) == ["drawn.png", "real.png", "two.png"]
+    with Image.open(folder / "drawn.png") as drawn, Image.open(folder / "real.png") as real:
+        assert drawn.height > real.height  # the strip has room of its own
+
+
+def test_the_note_is_whole_however_narrow_the_figure(tmp_path: Path) -> None:
+    fig, _ = new_figure(2, 2)
+    save_figure(fig, tmp_path, "narrow", note="DEBUG | SYNTHETIC SAMPLE, efficientnet_lite0 " * 2)
+    with Image.open(tmp_path / "narrow.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    strip = (np.abs(pixels - (255, 213, 79)).max(axis=2) < 8).any(axis=0)
+    assert not strip[0] and not strip[-1] and image.width > 4 * 150
 
 
 def test_saving_again_replaces_the_file_and_marks_once(tmp_path: Path) -> None:
-    fig = plot_comparison({"ours": Estimate(0.5, 0.4, 0.6)})
-    save_figure(fig, tmp_path, "twice", synthetic=True)
-    first = (tmp_path / "twice.png").read_bytes()
-    save_figure(fig, tmp_path, "twice", synthetic=True)
+    fig = plot_comparison(measured(ours=Estimate(0.5, 0.4, 0.6)))
+    save_figure(fig, tmp_path, "twice", note="SYNTHETIC")
+    first = np.asarray(Image.open(tmp_path / "twice.png")).astype(int)
+    save_figure(fig, tmp_path, "twice", note="SYNTHETIC")
     assert sum("SYNTHETIC" in text.get_text() for text in fig.texts) == 1
-    assert (tmp_path / "twice.png").read_bytes() == first
+    again = np.asarray(Image.open(tmp_path / "twice.png")).astype(int)
+    assert np.abs(again - first).mean() < 1  # of 255: a layout moves by a hair when done again
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
@@ -371,7 +533,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> Non
     fig, axes = new_figure(3, 2)
     axes[0, 0].set_title(r"$\nonsense$")
     with pytest.raises(ValueError, match="nonsense"):
-        save_figure(fig, tmp_path, "figure", synthetic=False)
+        save_figure(fig, tmp_path, "figure")
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
     assert (tmp_path / "figure.png").read_bytes() == b"old"
 
@@ -379,7 +541,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["", "../up", "a/b"])
 def test_save_figure_wants_a_plain_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="plain file name"):
-        save_figure(new_figure(3, 2)[0], tmp_path, name, synthetic=False)
+        save_figure(new_figure(3, 2)[0], tmp_path, name)
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -392,15 +554,11 @@ def test_class_distribution_shows_every_count_and_share() -> None:
     assert [bar.get_width() for bar in train.patches] == [300, 100]
     assert [text.get_text() for text in train.texts] == ["300  (75.0%)", "100  (25.0%)"]
     assert train.get_title(loc="left") == "train: 400 images\nlargest to smallest: 3.0"
-    assert val.get_title(loc="left") == "val: 5 images\n1 class without images"
+    assert val.get_title(loc="left") == "val: 5 images\nclasses without images: 1"
     assert [label.get_text() for label in train.get_yticklabels()] == ["fear", "awe"]
     assert train.yaxis_inverted()
     colours = [bar.get_facecolor()[:3] for bar in train.patches]
     assert colours == [to_rgb(EMOTION_COLOURS["fear"]), to_rgb(EMOTION_COLOURS["awe"])]
-    with pytest.raises(ValueError, match="negative or missing"):
-        plot_class_distribution(table - 200)
-    with pytest.raises(ValueError, match="counts needs"):
-        plot_class_distribution(table.iloc[:0])
 
 
 def test_image_grid_puts_each_image_under_its_title() -> None:
@@ -408,41 +566,42 @@ def test_image_grid_puts_each_image_under_its_title() -> None:
     fig = plot_image_grid(images, [f"no {i}" for i in range(10)], columns=4, title="Ten")
     shown = [ax for ax in axes_of(fig) if ax.images]
     assert len(shown) == 10
-    assert len(fig.axes) == 12
     for i, ax in enumerate(shown):
         np.testing.assert_array_equal(ax.images[0].get_array(), images[i])
         assert ax.get_title() == f"no {i}"
     assert fig.get_suptitle() == "Ten"
-    coloured = plot_image_grid(images[:2], ["a", "b"], title_colours=["#000000", "#F0E442"])
-    dark, light = (ax.title for ax in axes_of(coloured))
-    assert (dark.get_color(), light.get_color()) == ("white", "black")
-    patch = light.get_bbox_patch()
-    assert patch is not None
-    assert patch.get_facecolor()[:3] == to_rgb("#F0E442")
+    left, top = np.array([ax.get_window_extent().min for ax in shown]).T.round()
+    assert len(set(left)) == 4 and len(set(top)) == 3  # columns and rows
+    assert (np.diff(top.reshape(-1)[[0, 4, 8]]) < 0).all()
+    coloured = plot_image_grid(images[:2], ["a", "b"], frames=["#000000", "#F0E442"])
+    frames = [ax.spines["left"].get_edgecolor()[:3] for ax in axes_of(coloured)]
+    assert frames == [to_rgb("#000000"), to_rgb("#F0E442")]
 
 
 @pytest.mark.parametrize("count", [1, 3, 12, 40])
-def test_no_empty_strip_below_the_last_row(count: int) -> None:
+def test_no_empty_strip_around_the_pictures(count: int, tmp_path: Path) -> None:
     true = [i % 8 for i in range(count)]
     answer = [(i + 1) % 8 for i in true]
     images = [picture(64, 64)] * count
     fig = plot_mistakes(images, true, answer, [0.93] * count, MIKELS_CLASSES)
-    cam = plot_gradcam(np.stack(images), np.zeros((count, 64, 64)), ["a"] * count)
+    cam = plot_gradcam(np.stack(images), np.zeros((count, 3, 3)), ["a"] * count)
     for figure in (fig, cam):
-        mark_synthetic(figure)
-        figure.draw_without_rendering()
-        boxes = [ax.get_tightbbox() for ax in axes_of(figure)]
-        lowest = min(box.y0 for box in boxes if box is not None and box.height) / figure.dpi
-        assert 0 <= lowest < 0.12  # inches
+        save_figure(figure, tmp_path, "grid")
+        with Image.open(tmp_path / "grid.png") as image:
+            ink = np.asarray(image.convert("L")) < 250
+        rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+        margins = [rows[0], ink.shape[0] - 1 - rows[-1], columns[0]]
+        assert max(margins) < 0.2 * 150
+        assert np.diff(rows).max() < 0.3 * 150  # nor between them
 
 
 def test_image_grid_refuses_what_is_no_image() -> None:
     with pytest.raises(ValueError, match="no images"):
         plot_image_grid([], [])
-    with pytest.raises(ValueError, match="2 images need as many titles"):
+    with pytest.raises(ValueError, match=r"zip\(\)"):
         plot_image_grid([picture()] * 2, ["one"])
-    with pytest.raises(ValueError, match="2 images need as many titles and colours"):
-        plot_image_grid([picture()] * 2, ["one", "two"], title_colours=["red"])
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        plot_image_grid([picture()] * 2, ["one", "two"], frames=["red"])
     with pytest.raises(ValueError, match=r"image 1 is float64 \(24, 24, 3\)"):
         plot_image_grid([picture(), picture() / 255], ["one", "two"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"image 0 is uint8 \(3, 24, 24\)"):
@@ -451,10 +610,12 @@ def test_image_grid_refuses_what_is_no_image() -> None:
 
 def test_rows_are_labelled_and_may_differ_in_length() -> None:
     fig = plot_rows({"original": [picture()], "flipped": [picture(value=9)] * 3})
-    axes = np.array(fig.axes).reshape(2, 3)
-    assert [len(ax.images) for ax in axes.flat] == [1, 0, 0, 1, 1, 1]
-    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["original", "flipped"]
-    with pytest.raises(ValueError, match="no rows"):
+    places = [ax.get_window_extent() for ax in axes_of(fig)]
+    assert [place.y0 == places[0].y0 for place in places] == [True, False, False, False]
+    assert places[0].x0 == places[1].x0 < places[2].x0 < places[3].x0
+    assert [ax.get_ylabel() for ax in axes_of(fig)] == ["original", "flipped", "", ""]
+    np.testing.assert_array_equal(axes_of(fig)[3].images[0].get_array(), picture(value=9))
+    with pytest.raises(ValueError):
         plot_rows({})
     with pytest.raises(ValueError, match="no images"):
         plot_rows({"empty": []})
@@ -464,50 +625,44 @@ def test_rows_are_labelled_and_may_differ_in_length() -> None:
 
 
 def test_schedule_shows_rates_thaws_and_the_end_of_mixing() -> None:
-    table = schedule()
-    fig = plot_schedule(table, THAWS, 37)
+    fig = plot_schedule(rates, 40, 20, THAWS, 37)
     (ax,) = axes_of(fig)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epochs done", "learning rate")
+    assert (ax.get_xlabel(), ax.get_title(loc="left")) == ("epochs done", "Learning rates")
     assert ax.get_yscale() == "log"
-    assert ax.get_xlim() == (0, 40)
-    (band,) = ax.patches
-    assert (band.get_x(), band.get_x() + band.get_width()) == (37, 40)
-    assert legend_of(fig) == [
-        "head",
-        "backbone",
-        "after epoch 3: last stages thaw",
-        "after epoch 10: all layers thaw",
-        "after epoch 37: no mixing",
-    ]
-    np.testing.assert_array_equal(lines(ax)["head"].get_ydata(), table["lr_head"])
-    backbone = np.asarray(lines(ax)["backbone"].get_ydata())
-    assert np.isnan(backbone[table["epoch"] < 3]).all()  # frozen: no rate, not a rate of zero
-    assert (backbone[table["epoch"] >= 3] > 0).all()
-    assert legend_of(plot_schedule(table)) == ["head", "backbone"]
+    assert spans(ax) == {"no mixing after epoch 37": (37, 40), "backbone frozen": (0, 3)}
+    assert legend_of(fig) == ["after epoch 3: last stages thaw", "after epoch 10: all layers thaw"]
+    assert events(ax) == [3, 10]
+    every = np.array([rates(epoch, step) for epoch in range(40) for step in range(20)])
+    for column, name in enumerate(("head", "backbone")):
+        np.testing.assert_array_equal(steps(ax)[name].values, every[:, column])  # NaN: no line
+        np.testing.assert_allclose(steps(ax)[name].edges, np.arange(801) / 20)
+    assert legend_of(plot_schedule(rates, 40, 20)) == []
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (3, 1), (3, 7), (40, 20)])
-def test_schedule_ends_with_its_last_epoch_and_ticks_whole_ones(epochs: int, steps: int) -> None:
-    epoch = np.arange(epochs * steps) / steps
-    table = pd.DataFrame({"epoch": epoch, "lr_head": 1e-3, "lr_backbone": 1e-5})
-    fig = plot_schedule(table, [(epochs + 1, "too late")], mix_off=epochs + 1)
+@pytest.mark.parametrize(("epochs", "count"), [(1, 1), (3, 1), (3, 7), (40, 20), (2, 1000)])
+def test_schedule_ends_with_its_last_epoch_and_ticks_whole_ones(epochs: int, count: int) -> None:
+    thaws = [(epochs + 1.0, "too late")]
+    fig = plot_schedule(lambda epoch, step: (1e-3, 1e-5), epochs, count, thaws, epochs + 1)
     (ax,) = axes_of(fig)
-    assert ax.get_xlim() == (0, epochs)
+    assert ax.get_xlim() == pytest.approx((0, epochs), rel=0.02)
+    assert steps(ax)["head"].edges[[0, -1]].tolist() == [0, epochs]
+    assert len(steps(ax)["head"].values) <= 21 * epochs  # a long schedule stays a small figure
     assert all(float(tick).is_integer() for tick in ax.get_xticks())
     assert "too late" not in " ".join(legend_of(fig))
+    assert spans(ax) == {}
 
 
-def test_schedule_of_a_run_that_never_trains_the_backbone() -> None:
-    assert_readable(plot_schedule(schedule().assign(lr_backbone=0.0)))
-    assert_readable(plot_schedule(schedule().assign(lr_backbone=0.0, lr_head=0.0)))
-    with pytest.raises(ValueError, match=r"lacks the columns \['lr_head'\]"):
-        plot_schedule(schedule().drop(columns="lr_head"))
+@pytest.mark.parametrize("rate", [(1e-3, np.nan), (1e-3, 0.0), (0.0, 0.0)])
+def test_schedule_of_a_run_that_never_trains_the_backbone(rate: tuple[float, float]) -> None:
+    fig = plot_schedule(lambda epoch, step: rate, 4, 10)
+    assert_readable(fig)
+    assert spans(axes_of(fig)[0]) == {"backbone frozen": (0, 4)}
 
 
 def test_history_draws_all_curves() -> None:
     table = history(40)
     fig = plot_history(table, best_epoch=31, thaws=THAWS)
-    loss, accuracy, f1, gap, rates, speed = axes_of(fig)
+    loss, accuracy, f1, gap, rate, speed = axes_of(fig)
     for ax, drawn in (
         (loss, {"training": "train_loss", "validation": "val_loss"}),
         (accuracy, {"current weights": "val_accuracy", "averaged (EMA)": "val_ema_accuracy"}),
@@ -518,83 +673,127 @@ def test_history_draws_all_curves() -> None:
         for label, column in drawn.items():
             np.testing.assert_allclose(lines(ax)[label].get_ydata(), table[column])
             np.testing.assert_array_equal(lines(ax)[label].get_xdata(), table["epoch"])
-    assert {"head", "backbone"} <= set(lines(rates))
-    assert rates.get_yscale() == "log"
-    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epoch"] * 6
-    assert speed.get_title(loc="left") == "Speed (40.0 min, peak 11.0 GB)"
-    assert speed.get_ylim() == (0, pytest.approx(1.1 * 2440))
-    events = [line for ax in axes_of(fig) for line in ax.get_lines() if line.get_gid()]
-    assert [line.get_xdata()[0] for line in events] == [3, 10, 31] * 6
+    assert rate.get_yscale() == "log"
+    for name in ("head", "backbone"):  # epoch e lies between e - 1 and e, and so do its rates
+        np.testing.assert_array_equal(steps(rate)[name].values, table[f"lr_{name}"])
+        np.testing.assert_array_equal(steps(rate)[name].edges, np.arange(41))
+    assert spans(rate) == {"backbone frozen": (0, 3)}
+    assert panel_legend(rate) == ["head", "backbone", "backbone frozen"]
+    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epochs done"] * 6
+    assert speed.get_title(loc="left") == "Images per second (40.0 min, peak 11.0 GB)"
+    low, high = speed.get_ylim()
+    assert low == 0 and high > 2440
+    assert [events(ax) for ax in axes_of(fig)] == [[3, 10, 31]] * 6
     assert legend_of(fig) == [
         "after epoch 3: last stages thaw",
         "after epoch 10: all layers thaw",
         "best epoch: 31",
     ]
-    last = gap.get_legend().get_texts()[-1].get_text()
-    assert last == f"gap, at the end {table['gap'].iloc[-1]:+.3f}"
+    assert panel_legend(gap)[-1] == f"gap, at the end {table['gap'].iloc[-1]:+.3f}"
 
 
 def test_history_of_one_epoch_shows_points_and_no_thaw_to_come() -> None:
     fig = plot_history(history(1), best_epoch=1, thaws=THAWS)
-    assert all(
-        line.get_marker() == "." for line in lines(axes_of(fig)[0]).values() if not line.get_gid()
-    )
+    for ax in axes_of(fig)[:4]:
+        assert [line.get_marker() for line in ax.get_lines()][:2] == [".", "."]
     assert legend_of(fig) == ["best epoch: 1"]
-    low, high = axes_of(fig)[0].get_xlim()
-    assert (low, high) == (0.5, 1.5)
+    assert axes_of(fig)[0].get_xlim() == pytest.approx((0, 1), abs=0.02)
 
 
 def test_history_without_what_was_not_measured() -> None:
-    table = history(6).drop(
-        columns=["val_ema_accuracy", "val_ema_macro_f1", "seconds", "memory_mb"]
-    )
+    table = history(6).drop(columns=["val_ema_accuracy", "val_ema_macro_f1"])
     table[["train_clean_accuracy", "gap"]] = np.nan
-    fig = plot_history(table)
+    fig = plot_history(table, best_epoch=0)
     assert_readable(fig)
-    assert set(lines(axes_of(fig)[1])) == {"current weights"}
-    assert [text.get_text() for text in axes_of(fig)[3].texts] == ["not measured"]
-    assert axes_of(fig)[5].get_title(loc="left") == "Speed"
-    assert fig.legends == []
+    assert "averaged (EMA)" not in lines(axes_of(fig)[1])
+    assert panel_legend(axes_of(fig)[3])[-1] == "gap, not measured"
     sometimes = history(6)
     sometimes.loc[[1, 3], ["train_clean_accuracy", "gap", "val_ema_accuracy"]] = np.nan
-    sometimes[["memory_mb", "images_per_second"]] = np.nan
-    fig = plot_history(sometimes)
+    fig = plot_history(sometimes, best_epoch=2)
     np.testing.assert_array_equal(lines(axes_of(fig)[3])["training"].get_xdata(), [1, 3, 5, 6])
-    assert axes_of(fig)[5].get_title(loc="left") == "Speed (6.0 min)"
-    with pytest.raises(ValueError, match=r"lacks the columns \['val_loss'\]"):
-        plot_history(history(3).drop(columns="val_loss"))
-    with pytest.raises(ValueError, match="no rows"):
-        plot_history(history(3).iloc[:0])
+    np.testing.assert_array_equal(
+        lines(axes_of(fig)[1])["averaged (EMA)"].get_xdata(), [1, 3, 5, 6]
+    )
+    with pytest.raises(KeyError, match="val_loss"):
+        plot_history(history(3).drop(columns="val_loss"), best_epoch=1)
+
+
+def test_curves_start_at_epoch_one_and_name_their_best() -> None:
+    ours = pd.Series([0.3, 0.61, 0.6])  # numbered from 0, as a column of the history is
+    fig = plot_curves({"this notebook": ours, "from_scratch": np.array([0.1, 0.2])}, "accuracy")
+    (ax,) = axes_of(fig)
+    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[1, 2, 3], [1, 2]]
+    assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[0.3, 0.61, 0.6], [0.1, 0.2]]
+    assert panel_legend(ax) == ["best 0.610: this notebook", "best 0.200: from scratch"]
+    assert ax.get_title(loc="left") == "accuracy"
+
+
+def test_stages_show_order_size_and_when_each_trains() -> None:
+    table = stages([None, 11, 4, 1])
+    fig = plot_stages(table, picture(value=9))
+    (ax,) = axes_of(fig)
+    np.testing.assert_array_equal(ax.images[0].get_array(), picture(value=9))
+    blocks = ax.containers[0].patches
+    heights = np.array([block.get_height() for block in blocks])
+    assert np.argsort(heights).tolist() == np.argsort(table["parameters"]).tolist()
+    texts = [text for text in ax.texts if text.get_text()]
+    assert texts[1].get_text() == "stem\n9,536\n0.1%"
+    order = [text.get_text().splitlines()[0] for text in texts]
+    assert order == ["image", "stem", "layer1", "layer4", "head", "class scores"]
+    places = [text.get_position()[0] for text in texts]
+    assert places == sorted(places)
+    assert [block.get_x() + block.get_width() / 2 for block in blocks] == pytest.approx(
+        places[1:-1]
+    )
+    legend = {
+        text.get_text(): to_rgb(patch.get_facecolor())
+        for text, patch in zip(
+            fig.legends[0].get_texts(), fig.legends[0].get_patches(), strict=True
+        )
+    }
+    names = ["trains from epoch 1", "trains from epoch 4", "trains from epoch 11", "never trains"]
+    assert list(legend) == names
+    assert len(set(legend.values())) == 4
+    drawn = [to_rgb(block.get_facecolor()) for block in blocks]
+    assert drawn == [legend[name] for name in names[::-1]]
 
 
 # --- evaluation --------------------------------------------------------------------------------
 
 
-def test_confusion_shows_counts_and_shares_of_the_true_class() -> None:
-    fig = plot_confusion([[30, 10, 0], [0, 5, 15], [0, 0, 0]], ["a", "b", "never seen"])
-    images, shares = axes_of(fig)
-    assert [int(t.get_text()) for t in images.texts] == [30, 10, 0, 0, 5, 15, 0, 0, 0]
-    # A class without images has no shares at all.
-    assert [int(t.get_text()) for t in shares.texts if t.get_text()] == [75, 25, 0, 0, 25, 75]
-    assert [t.get_text() for t in images.get_yticklabels()] == ["a", "b", "never seen"]
-    assert [t.get_text() for t in shares.get_xticklabels()] == ["a", "b", "never seen"]
-    assert (images.get_ylabel(), images.get_xlabel()) == ("true", "predicted")
-    assert (images.get_title(loc="left"), shares.get_title(loc="left")) == (
-        "Images",
-        "Per cent of the true class",
-    )
-    with pytest.raises(ValueError, match=r"\(2, 2\) confusion matrix does not fit 3 classes"):
-        plot_confusion([[1, 2], [3, 4]], ["a", "b", "c"])
+def test_confusion_shows_counts_coloured_by_their_share_of_the_true_class() -> None:
+    fig = plot_confusion([[30, 10, 0], [0, 500, 1500], [0, 0, 0]], ["a", "b", "never seen"])
+    matrix, bar = axes_of(fig)
+    assert [t.get_text() for t in matrix.texts] == [
+        "30",
+        "10",
+        "0",
+        "0",
+        "500",
+        "1,500",
+        "0",
+        "0",
+        "0",
+    ]
+    shares = np.asarray(matrix.collections[0].get_array()).reshape(3, 3)
+    np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 0.25, 0.75], [0, 0, 0]])
+    assert matrix.collections[0].get_clim() == (0, 1)
+    assert bar.get_ylabel() == "share of the true class"
+    assert [t.get_text() for t in matrix.get_yticklabels()] == ["a", "b", "never seen"]
+    assert [t.get_text() for t in matrix.get_xticklabels()] == ["a", "b", "never seen"]
+    assert (matrix.get_ylabel(), matrix.get_xlabel()) == ("true", "predicted")
+    with pytest.raises(ValueError):
+        plot_confusion([[1, 2, 3], [3, 4, 5]], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_numbers_of_the_confusion_fit_into_their_cells(classes: int) -> None:
     fig = plot_confusion(confusion(CLASSES[classes], scale=99), CLASSES[classes])
     fig.draw_without_rendering()
-    for ax in axes_of(fig):
-        cell = ax.get_window_extent().width / classes
-        assert max(text.get_window_extent().width for text in ax.texts) <= cell
-        assert min(text.get_fontsize() for text in ax.texts) >= 4.5
+    matrix, _ = axes_of(fig)
+    cell = matrix.get_window_extent().width / classes
+    assert max(text.get_window_extent().width for text in matrix.texts) <= cell
+    assert min(text.get_fontsize() for text in matrix.texts) >= 4
 
 
 def test_reliability_draws_the_table() -> None:
@@ -605,7 +804,7 @@ def test_reliability_draws_the_table() -> None:
     assert upper.get_title(loc="left") == "Expected calibration error 0.123"
     heights = [bar.get_height() for bar in upper.patches]
     assert heights[4] == pytest.approx(0.75)  # 40 images
-    assert heights[5 + 3] == pytest.approx(0.6)  # 5 images: pale
+    assert heights[5 + 3] == pytest.approx(0.6)  # 5 images: pale, and the legend says why
     assert upper.patches[8].get_alpha() == 0.3
     assert np.isfinite(heights).sum() == 2
     assert [bar.get_height() for bar in lower.patches] == [0, 0, 0, 5, 40]
@@ -613,6 +812,7 @@ def test_reliability_draws_the_table() -> None:
     assert upper.get_legend() is None  # it would cover bars
     assert set(legend_of(fig)) == {
         "accuracy of the bin",
+        "the same, fewer than 10 images",
         "perfect calibration",
         "gap to the mean confidence",
     }
@@ -634,9 +834,8 @@ def test_mistakes_name_truth_answer_and_confidence() -> None:
     fig = plot_mistakes([picture()] * 2, [0, 6], [1, 7], [0.934, 0.5], MIKELS_CLASSES)
     titles = [ax.get_title() for ax in axes_of(fig)]
     assert titles == ["amusement\n→ awe 93%", "fear\n→ sadness 50%"]
-    patch = axes_of(fig)[1].title.get_bbox_patch()
-    assert patch is not None
-    assert patch.get_facecolor()[:3] == to_rgb(EMOTION_COLOURS["fear"])
+    frame = axes_of(fig)[1].spines["left"].get_edgecolor()
+    assert frame[:3] == to_rgb(EMOTION_COLOURS["fear"])
     as_arrays = plot_mistakes(
         [picture()], np.array([0]), np.array([1]), np.array([0.9], np.float32), MIKELS_CLASSES
     )
@@ -647,25 +846,42 @@ def test_mistakes_name_truth_answer_and_confidence() -> None:
         plot_mistakes([picture()] * 2, [0, 6], [1], [0.9, 0.5], MIKELS_CLASSES)
 
 
+def test_a_long_name_never_hides_the_confidence() -> None:
+    names = CLASSES[25]
+    (title,) = (ax.get_title() for ax in plot_mistakes([picture()], [3], [24], [0.87], names).axes)
+    assert title.startswith("class_3") and title.endswith("24 87%")
+
+
+def test_guesses_show_both_answers_and_frame_the_right_ones() -> None:
+    before = np.array([[0.2, 0.5, 0.3], [0.4, 0.3, 0.3]])
+    after = np.array([[0.9, 0.05, 0.05], [0.1, 0.2, 0.7]])
+    fig = plot_guesses([picture(), picture()], [0, 1], before, after, ["a", "b", "c"])
+    titles = [ax.get_title() for ax in axes_of(fig)]
+    assert titles == ["a\nbefore: b 50%\nafter: a 90%", "b\nbefore: a 40%\nafter: c 70%"]
+    right, wrong = (ax.spines["left"].get_edgecolor() for ax in axes_of(fig))
+    assert right[1] > right[0] and wrong[0] > wrong[1]  # greener, redder
+    assert "green" in fig.get_suptitle()
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        plot_guesses([picture()] * 2, [0, 1], before[:1], after, ["a", "b", "c"])
+
+
 def test_gradcam_sets_each_image_beside_its_overlay() -> None:
     images = np.stack([picture(32, 32, value) for value in (0, 100, 200)])
-    heat = np.zeros((3, 32, 32), dtype=np.float32)
-    heat[:, :16] = 1
+    heat = np.zeros((3, 4, 2), dtype=np.float32)
+    heat[:, :2] = 1
     fig = plot_gradcam(images, heat, ["a", "b", "c"])
-    *panels, bar = axes_of(fig)
-    assert [ax.get_title() for ax in panels] == ["a", "b", "c"]
-    assert bar.get_xlim() == (0, 1)
-    assert bar.get_xlabel() == "heat: low → high"
+    assert [ax.get_title() for ax in axes_of(fig)] == ["a", "b", "c"]
     assert "bright" in fig.get_suptitle()
-    for i, ax in enumerate(panels):
+    assert "4 x 2 cells" in fig.get_suptitle()
+    for i, ax in enumerate(axes_of(fig)):
         shown = np.asarray(ax.images[0].get_array())
         assert shown.shape == (32, 65, 3)
         np.testing.assert_array_equal(shown[:, :32], images[i])
         overlay = shown[:, 33:].astype(int)
-        assert overlay[:16].sum() > overlay[16:].sum()  # bright where the heat is
-        np.testing.assert_array_equal(overlay[16:], images[i][16:])  # the image where it is not
-    with pytest.raises(ValueError, match="do not fit"):
-        plot_gradcam(images, heat[:, :8], ["a", "b", "c"])
+        assert overlay[:12].sum() > overlay[20:].sum()  # bright where the heat is
+        np.testing.assert_array_equal(overlay[20:], images[i][20:])  # the image where it is not
+    with pytest.raises(ValueError, match="3 maps"):
+        plot_gradcam(images, heat[:2], ["a", "b", "c"])
     with pytest.raises(ValueError, match="between 0 and 1"):
         plot_gradcam(images, 255 * heat, ["a", "b", "c"])
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -673,35 +889,31 @@ def test_gradcam_sets_each_image_beside_its_overlay() -> None:
 
 
 def test_comparison_tells_measured_from_published() -> None:
-    results = {"ours": Estimate(0.76, 0.75, 0.77), "linear probe": Estimate(0.65, 0.64, 0.66)}
-    fig = plot_comparison(results, {"a paper": 0.74}, "macro_f1")
+    found = measured(
+        "macro_f1", ours=Estimate(0.76, 0.75, 0.77), linear_probe=Estimate(0.65, 0.64, 0.66)
+    )
+    fig = plot_comparison(found, {"a paper": 0.74}, "macro_f1")
     (ax,) = axes_of(fig)
-    measured = lines(ax)["measured here"]
-    published = lines(ax)["published (trained and tested elsewhere)"]
-    assert measured.get_xdata().tolist() == [0.76, 0.65]
-    assert list(published.get_xdata()) == [0.74]
-    assert measured.get_marker() != published.get_marker()
-    segments = ax.collections[0].get_segments()
-    assert [segment[:, 0].tolist() for segment in segments] == [[0.75, 0.77], [0.64, 0.66]]
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["ours", "linear probe", "a paper"]
+    ours = lines(ax)["measured here, with its 95 % interval"]
+    theirs = lines(ax)["published (tested elsewhere)"]
+    assert list(ours.get_xdata()) == [0.76, 0.65]
+    assert list(theirs.get_xdata()) == [0.74]
+    assert ours.get_marker() != theirs.get_marker()
+    intervals = [line.get_xdata() for line in ax.get_lines() if line.get_label().startswith("_")]
+    assert [list(ends) for ends in intervals] == [[0.75, 0.77], [0.64, 0.66]]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["ours", "linear probe", "a paper"]
     assert [text.get_text() for text in ax.texts] == [
         "0.760 [0.750, 0.770]",
         "0.650 [0.640, 0.660]",
         "0.740",
     ]
     assert ax.get_xlabel() == "macro F1"
-    assert legend_of(fig) == [
-        "95 % interval",
-        "measured here",
-        "published (trained and tested elsewhere)",
-    ]
-    assert legend_of(plot_comparison(results)) == ["95 % interval", "measured here"]
-    assert_readable(plot_comparison({}, {"a paper": 0.74}))
-    with pytest.raises(ValueError, match="no results"):
-        plot_comparison({})
+    assert legend_of(fig) == [ours.get_label(), theirs.get_label()]
+    assert legend_of(plot_comparison(found, metric="macro_f1")) == [ours.get_label()]
+    assert_readable(plot_comparison(found, {"a paper": 0.74}, "macro_f1"))
 
 
 def test_an_interval_that_misses_its_value_or_has_no_width_is_drawn() -> None:
-    fig = plot_comparison({"ece": Estimate(0.01, 0.012, 0.02), "perfect": Estimate(1, 1, 1)})
-    assert_readable(fig)
+    assert_readable(
+        plot_comparison(measured(ece=Estimate(0.01, 0.012, 0.02), perfect=Estimate(1, 1, 1)))
+    )

@@ -30,19 +30,19 @@ from emotion_toolbox.backbones import (
     lite0_file,
     make_backbone,
     make_imagenet_model,
+    stage_table,
     weights_file,
 )
 from emotion_toolbox.decoding import decode_image
 from emotion_toolbox.errors import WeightsError, WeightsUnavailable
 from emotion_toolbox.keeper import load_initial_weights, save_with_digest
 from emotion_toolbox.pixels import prepare_images
-from emotion_transfer.config import make_config
+from emotion_transfer.config import make_config, thaw_epochs
 from emotion_transfer.model import (
     build_model,
     make_head,
     make_optimizer,
     set_training_mode,
-    stage_table,
     thaw_level,
     trainable_stages,
 )
@@ -704,33 +704,33 @@ def test_a_run_that_has_begun_needs_its_first_weights_no_more(small, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stage_table_adds_up(name):
-    cfg = make_config({"MODEL_NAME": name, "WEIGHTS": None, "THAW_EPOCHS": (3, 50)})
     with torch.device("meta"):
-        model = build_model(cfg, 8)
-    table = stage_table(cfg, model).set_index("stage")
+        model = build_model(make_config({"MODEL_NAME": name, "WEIGHTS": None}), 8)
+    stages = model.stage_modules()
+    starts = {stage: None if stage == "stem" else i for i, stage in enumerate(stages)}
+    table = stage_table(stages, starts).set_index("stage")
     assert list(table.index) == [*BACKBONES[name].stages, "head"]
     assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
     assert table["share"].sum() == pytest.approx(1)
     np.testing.assert_allclose(table["share"], table["parameters"] / table["parameters"].sum())
-    starts = table["trains_from"]
-    assert starts["head"] == 1 and starts["stem"] is None
-    assert [starts[stage] for stage in BACKBONES[name].last_stages] == [4] * len(
-        BACKBONES[name].last_stages
-    )
+    assert table["trains_from"].to_dict() == starts  # None stays None
 
 
 @pytest.mark.parametrize("thaw", [(0, 0), (0, 2), (1, 1), (2, 4), (9, 9)])
-def test_the_table_says_from_when_a_stage_really_trains(small, tmp_path, thaw):
+def test_stages_train_from_the_epoch_at_which_they_thaw(small, tmp_path, thaw):
+    """The levels' epochs, as the picture of the stages shows them, are what training does."""
     cfg = small_config(tmp_path, THAW_EPOCHS=thaw)
     model = build_model(cfg, 3)
-    found = dict.fromkeys(model.stage_modules())
+    found = dict.fromkeys(model.stage_modules(), cfg.EPOCHS)
     for epoch in reversed(range(cfg.EPOCHS)):
         set_training_mode(cfg, model, epoch)
         for stage, modules in model.stage_modules().items():
             if any(p.requires_grad for module in modules for p in module.parameters()):
-                found[stage] = epoch + 1
-    table = stage_table(cfg, model)
-    assert dict(zip(table["stage"], table["trains_from"], strict=True)) == found
+                found[stage] = epoch
+    starts = (0, *thaw_epochs(cfg))
+    for stage, epoch in found.items():
+        level = min(i for i in range(3) if stage in trainable_stages(model, i))
+        assert epoch == min(starts[level], cfg.EPOCHS)
 
 
 def test_known_sizes():

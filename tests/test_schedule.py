@@ -10,7 +10,7 @@ from emotion_transfer.config import make_config
 from emotion_transfer.schedule import (
     cycle_bounds,
     learning_rate,
-    schedule_table,
+    rates_at,
     set_learning_rates,
 )
 
@@ -119,18 +119,11 @@ def test_every_group_gets_its_own_height():
         assert found == [learning_rate(cfg, b, epoch, step, 5) for b in (1e-2, 1e-4)]
 
 
-def test_the_table_is_the_schedule():
-    """The backbone has no rate while it is frozen."""
-    cfg = make_config({"EPOCHS": 8, "THAW_EPOCHS": (2, 4)})
-    for steps in (3, 50, 4000):
-        table = schedule_table(cfg, steps)
-        assert table["epoch"].is_monotonic_increasing and table["epoch"].iloc[0] == 0
-        assert cfg.EPOCHS - 1 < table["epoch"].iloc[-1] < cfg.EPOCHS
-        assert len(table) <= 40 * cfg.EPOCHS
-        for row in table.iloc[:: max(1, len(table) // 7)].itertuples():
-            epoch = int(row.epoch + 1e-9)
-            step = round((row.epoch - epoch) * steps)
-            assert row.lr_head == learning_rate(cfg, cfg.LR_HEAD, epoch, step, steps)
-            expected = learning_rate(cfg, cfg.LR_BACKBONE, epoch, step, steps)
-            assert math.isnan(row.lr_backbone) if epoch < 2 else row.lr_backbone == expected
-        assert table["lr_head"].notna().all()
+@pytest.mark.parametrize(("settings", "frozen"), [({}, 3), ({"THAW_EPOCHS": (0, 4)}, 0)])
+def test_a_backbone_that_is_frozen_has_no_rate(settings, frozen):
+    cfg = make_config({"EPOCHS": 8, **settings})
+    for epoch, step in ((e, s) for e in range(8) for s in (0, 3, 6)):
+        head, backbone = rates_at(cfg, epoch, step, 7)
+        assert head == learning_rate(cfg, cfg.LR_HEAD, epoch, step, 7)
+        expected = learning_rate(cfg, cfg.LR_BACKBONE, epoch, step, 7)
+        assert math.isnan(backbone) if epoch < frozen else backbone == expected

@@ -1,20 +1,32 @@
 """Reading splits: what is accepted, and that everything else is named with file and row."""
 
+import csv
 import json
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_run import listed
 
-from emotion_toolbox import tables as data_module
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.sample import SAMPLE_ROOT, uses_sample
-from emotion_toolbox.tables import LABEL_COLUMNS, PATH_COLUMNS, SPLITS, read_table
+from emotion_toolbox.sources import read_source
+from emotion_toolbox.tables import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    SPLITS,
+    EmotionData,
+    check_records,
+    read_table,
+)
 from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, make_config
 
 Config = Callable[..., EnhancedConfig]
@@ -31,7 +43,7 @@ def write_splits(root: Path, **tables: str | bytes) -> Path:
     return root
 
 
-def load(root: Path, **overrides: object) -> data_module.EmotionData:
+def load(root: Path, **overrides: object) -> EmotionData:
     return listed(make_config({"DATA_ROOT": str(root), **overrides}))
 
 
@@ -90,6 +102,75 @@ def test_the_separator_is_recognised(tmp_path: Path, separator: str) -> None:
     assert table.to_dict("records") == [{"path": "a", "label": "joy", "who": "x", "row": 2}]
 
 
+@pytest.mark.parametrize(
+    ("content", "paths", "labels"),
+    [
+        ('path, label\n"a, b", "joy"\n c, calm\n', ["a, b", "c"], ["joy", "calm"]),
+        ('"path", "label"\na, "x, y"\n', ["a"], ["x, y"]),
+        ('path; label\n"a; b"; "joy"\n', ["a; b"], ["joy"]),
+        ("path ,label \na ,joy \n", ["a "], ["joy"]),  # looked for without spaces if missing
+        ("Path,LABEL\na,joy\n", ["a"], ["joy"]),
+        ('"Filename";"Class"\r\n"a";"joy"\r\n', ["a"], ["joy"]),
+        (",path,label,\n0,a,joy,\n1,b,calm,\n", ["a", "b"], ["joy", "calm"]),  # pandas's index
+        ("\tpath\tlabel\n0\ta, b\tjoy; calm\n", ["a, b"], ["joy; calm"]),
+        ("path;label;note\na;joy;one, two, three, four\n", ["a"], ["joy"]),
+        ('path,label,"x;y;z"\na,joy,1\n', ["a"], ["joy"]),
+        ('path,label\na"b.jpg,joy\n', ['a"b.jpg'], ["joy"]),
+    ],
+)
+def test_what_people_and_spreadsheets_write(
+    tmp_path: Path, content: str, paths: list[str], labels: list[str]
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(content.encode())
+    table = read_table(file)
+    assert table["path"].tolist() == paths and table["label"].tolist() == labels
+
+
+@given(
+    rows=st.lists(
+        st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\0\r"))] * 3),
+        min_size=1,
+    ),
+    separator=st.sampled_from(",;\t"),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_what_a_csv_writer_writes_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, str, str]],
+    separator: str,
+    end: str,
+) -> None:
+    file = tmp_path_factory.mktemp("table") / "a.csv"
+    rows = [(p.replace("\n", "") + "p", q.replace("\n", "") + "q", other) for p, q, other in rows]
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, delimiter=separator, lineterminator=end, quoting=csv.QUOTE_ALL)
+        writer.writerows([("label", "path", "note"), *rows])
+    table = read_table(file)
+    labels = [unicodedata.normalize("NFC", row[0].strip()) for row in rows]
+    assert table["label"].tolist() == labels
+    assert table["path"].tolist() == [row[1] for row in rows]
+    assert table["note"].tolist() == [row[2] for row in rows]
+
+
+def test_columns_beside_the_two_are_kept_and_unnamed_ones_are_not(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(",who,image,row,Class\n0, x ,a.jpg,77,joy\n")
+    expected = {"path": "a.jpg", "label": "joy", "who": " x ", "row": 2}
+    assert read_table(file).to_dict("records") == [expected]
+
+
+def test_records_of_another_kind_of_table_are_checked_alike() -> None:
+    file = Path("some.parquet")
+    records = [(1, ["img", "target"]), (4, ["a.jpg", " joy"])]
+    expected = {"path": "a.jpg", "label": "joy", "row": 4}
+    assert check_records(file, records).to_dict("records") == [expected]
+    with pytest.raises(DataError, match=r"some\.parquet row 9 has an empty label"):
+        check_records(file, [*records, (9, ["b.jpg", ""])])
+    with pytest.raises(DataError, match=r"some\.parquet lists no image"):
+        check_records(file, records[:1])
+
+
 def test_the_first_accepted_name_wins(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("file,class,path,label\nno.jpg,no,yes.jpg,yes\n")
@@ -129,7 +210,8 @@ def test_text_stays_text_and_rows_are_lines(
 def test_labels_called_na_and_1_are_classes(tmp_path: Path) -> None:
     table = "path,label\n{0}1.jpg,NA\n{0}2.jpg,1\n{0}3.jpg,null\n"
     root = write_splits(tmp_path, **{s: table.format(s) for s in SPLITS})
-    assert load(root).classes == ("1", "NA", "null")
+    with pytest.warns(UserWarning, match="'NA' .* and 'null' "):
+        assert load(root).classes == ("1", "NA", "null")
 
 
 # ------------------------------------------------------------------- malformed CSVs
@@ -144,7 +226,11 @@ MALFORMED: dict[str, tuple[str | bytes, int | None, str]] = {
     "no header": ("a.jpg,joy\nb.jpg,calm\n", None, "no column path"),
     "no path column": ("name,label\na,joy\n", None, "no column path"),
     "no label column": ("path,score\na,joy\n", None, "no column label"),
-    "capitals": ("Path,Label\na,joy\n", None, "it has: Path, Label"),
+    "a column in capitals too": ("Path,path,label\na,b,joy\n", 1, "column path twice"),
+    "another column twice": ("path,label,x,x\na,joy,1,2\n", 1, "column x twice"),
+    "column twice after blank lines": ("\n\npath,label,label\na,joy,x\n", 3, "twice"),
+    "a quote inside a quoted path": ('path,label\n"a "big" one.jpg",joy\n', 2, "expected after"),
+    "a tab too few": ("path\tlabel\na\tjoy\nb\n", 3, "1 values"),
     "a semicolon too many": ("path;label\na;joy;x\n", 2, "3 values"),
     "path twice": ("path,path,label\na,b,joy\n", 1, "twice"),
     "label twice": ("path,label,label\na,joy,calm\n", 1, "twice"),
@@ -196,6 +282,20 @@ def test_malformed_csvs_are_named_with_row_and_reason(tmp_path: Path, case: str)
     assert len(message) < 1500
 
 
+@pytest.mark.bad_table
+@pytest.mark.parametrize("case", MALFORMED)
+def test_prepare_says_of_a_table_what_the_notebook_says(tmp_path: Path, case: str) -> None:
+    content = MALFORMED[case][0]
+    (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        table = read_table(tmp_path / "a.csv")
+    except DataError as error:
+        with pytest.raises(DataError, match=f"^{re.escape(str(error))}$"):
+            read_source(tmp_path / "a.csv")
+    else:
+        assert len(table) > 1  # a fault of the set, not of the table
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_it_is_always_the_right_file(tmp_path: Path, split: str) -> None:
     root = write_splits(tmp_path, **{split: "path,label\nx,joy\ny,\n"})
@@ -224,7 +324,94 @@ def test_an_unknown_label_names_file_row_and_known_classes(tmp_path: Path) -> No
 def test_an_unknown_label_in_train_with_a_label_map(tmp_path: Path) -> None:
     root = write_splits(tmp_path, train="path,label\na,joy\nb,calm\nc,Joy\n")
     (root / "label_map.json").write_text('{"joy": 0, "calm": 1}')
-    with pytest.raises(DataError, match="row 4 has the unknown label 'Joy'"):
+    with pytest.raises(DataError, match="row 4 has the unknown label 'Joy'.*row to 'joy'$"):
+        load(root)
+
+
+# ------------------------------------------------------------------- spellings
+
+NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+def test_normal_forms_of_a_label_are_one_class(tmp_path: Path) -> None:
+    assert NFC != NFD
+    table = f"path,label\n{{0}}a,{NFC}\n{{0}}b,{NFD}\n{{0}}c,bar\n"
+    root = write_splits(tmp_path, **{s: table.format(s) for s in SPLITS})
+    assert load(root).classes == ("bar", NFC)
+    (root / "label_map.json").write_text(json.dumps({NFD: 0, "bar": 1}))
+    data = load(root)
+    assert data.classes == (NFC, "bar")
+    assert data.splits["train"].labels.tolist() == [0, 0, 1]
+    (root / "label_map.json").write_text(json.dumps({NFD: 0, NFC: 1, "bar": 2}))
+    with pytest.raises(DataError, match="twice"):
+        load(root)
+
+
+@pytest.mark.parametrize(
+    ("labels", "pairs"),
+    [
+        (["joy", "Joy", "calm"], [("'Joy' (3 images)", "'joy' (3 images)")]),
+        (["0", "0.0", "1", "01", "10"], [("'0'", "'0.0'"), ("'01'", "'1'")]),
+        (["nan", "NULL", "joy"], [("'NULL'", "'nan'")]),
+        (["very  calm", "very calm", "joy"], [("'very  calm'", "'very calm'")]),
+        (["joy", "joy\u200b", "calm"], [("'joy'", "'joy\\u200b'")]),
+        (["stra\u00dfe", "STRASSE", "weg"], [("'STRASSE'", "'stra\u00dfe'")]),
+        (["\uff11", "1", "2"], [("'1'", "'\uff11'")]),  # a wide digit
+        (["None", "joy"], [("'None' (3 images)",)]),
+        (["1", "-1", "1.5", "15", "1e5", "joy", "enjoy"], []),
+    ],
+)
+def test_labels_that_may_be_one_are_warned_of(
+    tmp_path: Path, labels: list[str], pairs: list[tuple[str, ...]]
+) -> None:
+    rows = "".join(f"{{0}}{i},{label}\n" for i, label in enumerate(labels))
+    root = write_splits(tmp_path, **{s: "path,label\n" + rows.format(s) for s in SPLITS})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load(root)
+    assert sorted(data.classes) == sorted(labels)  # a warning, no more
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == len(pairs)
+    for names in pairs:
+        assert any(all(name in message for name in names) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("there", "listed"),
+    [
+        (f"{NFC}/a.jpg", f"{NFD}/a.jpg"),
+        (f"{NFD}/a.jpg", f"{NFC}/a.jpg"),
+        (f"{NFD}/{NFC}.jpg", f"{NFC}/{NFC}.jpg"),
+        (f"{NFC}/{NFD}.jpg", f"{NFD}/{NFC}.jpg"),
+        ("x/a.jpg", "x\\a.jpg"),
+        ("x/a.jpg", " x/a.jpg "),
+        ("x/a.jpg", "x/a.jpg"),
+        ("x\\a.jpg", "x\\a.jpg"),  # what is there as it is written is taken
+        (" x/a.jpg ", " x/a.jpg "),
+    ],
+)
+def test_an_image_is_found_under_another_spelling_of_its_path(
+    tmp_path: Path, there: str, listed: str
+) -> None:
+    images = tmp_path / "images"
+    (images / there).parent.mkdir(parents=True)
+    (images / there).write_bytes(b"a picture")
+    train = f'path,label\n"{listed}",joy\n"missing {NFD}.jpg",calm\n'
+    root = write_splits(tmp_path / "set", train=train)
+    split = load(root, IMAGES_ROOT=str(images)).splits["train"]
+    assert split.path(0).read_bytes() == b"a picture"
+    assert split.path(1) == images / f"missing {NFD}.jpg"  # as it is written, for the message
+    absolute = write_splits(
+        tmp_path / "set", train=train.replace(f'"{listed}', f'"{images}/{listed.lstrip()}')
+    )
+    if listed == listed.lstrip():
+        assert load(absolute).splits["train"].path(0).read_bytes() == b"a picture"
+
+
+def test_one_image_under_two_spellings_is_listed_twice(tmp_path: Path) -> None:
+    (tmp_path / NFC).touch()
+    root = write_splits(tmp_path, train=f"path,label\n{NFC},joy\n{NFD},calm\n")
+    with pytest.raises(DataError, match="row 3 .* is listed already in .* row 2"):
         load(root)
 
 
@@ -251,6 +438,14 @@ def test_without_a_label_map_the_official_classes_are_in_their_official_order(
     assert data.classes == official
     split = data.splits["val"]
     assert [data.classes[n] for n in split.labels] == sorted(official)
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    rows = "".join(f"{{0}}{n},{n}\n" for n in (10, 2, 0, 1))
+    root = write_splits(tmp_path, **{s: "path,label\n" + rows.format(s) for s in SPLITS})
+    data = load(root)
+    assert data.classes == ("0", "1", "2", "10")
+    assert data.splits["test"].labels.tolist() == [3, 2, 0, 1]
 
 
 def test_some_of_the_official_classes_are_alphabetical(tmp_path: Path) -> None:
