@@ -119,18 +119,13 @@ def weights_file(name: str, weights: str) -> Path:
     return file
 
 
-def choose_backbone(
-    name: str, weights: str | None, *, synthetic: bool, begun_with: str | None = None
-) -> tuple[str, str | None]:
+def choose_backbone(name: str, weights: str | None, *, synthetic: bool) -> tuple[str, str | None]:
     """The backbone and weights to use; on the synthetic sample the packaged ones where need be.
 
-    A run of the sample that was begun with the packaged backbone (`begun_with`) keeps it. Raises
-    ``WeightsError`` where weights cannot be had; for want of a connection only off the sample.
+    Raises ``WeightsError`` where weights cannot be had; for want of a connection, off the sample.
     """
     if weights is None:
         return name, None
-    if synthetic and begun_with == PACKAGED[0]:
-        return PACKAGED
     try:
         weights_file(name, weights)
     except WeightsUnavailable as error:

@@ -567,8 +567,9 @@ def load_initial_weights(
             state = about["model"]
         names = list(about["classes"])
     except Exception as error:  # an unpickler may raise anything on a damaged file
+        why = type(error).__name__  # torch's own text would advise to run what the file holds
         raise WeightsError(
-            f"{begin} is neither a sound export folder nor a sound best-*.pt: {error}"
+            f"{begin} is neither a sound export folder nor a sound best-*.pt ({why})"
         ) from error
     if names != list(classes):
         raise WeightsError(f"{begin} has the classes {names}, not {list(classes)}")

@@ -12,7 +12,7 @@
 
 # %%
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ def scratch_config(cfg: EnhancedConfig) -> EnhancedConfig:
 
 def plain_config(cfg: EnhancedConfig) -> EnhancedConfig:
     """The settings of the plain fine-tune that belongs to `cfg`."""
-    off = ("MIXUP_ALPHA", "CUTMIX_ALPHA", "MIX_PROB", "LABEL_SMOOTHING", "EMA_DECAY", "DROPOUT",
+    off: dict[str, Any] = dict.fromkeys(("MIXUP_ALPHA", "CUTMIX_ALPHA", "MIX_PROB", "LABEL_SMOOTHING", "EMA_DECAY", "DROPOUT",
            "ROTATION", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR_PROB",
-           "ERASE_PROB")  # fmt: skip
+           "ERASE_PROB"), 0.0)  # fmt: skip
     return dataclasses.replace(
-        cfg, **dict.fromkeys(off, 0.0), HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4,
+        cfg, **off, HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4,
         BALANCE="none", BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
         PATIENCE=cfg.EPOCHS, INIT_FROM=None,
     )  # fmt: skip
@@ -94,8 +94,10 @@ def trained(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """What a network trained as `cfg` says answers, with its validation accuracy by epoch."""
     model = build_model(cfg, len(datasets["train"].classes))
     result = fit(cfg, model, datasets, folder / "checkpoints")
-    asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": result.amp}
-    found = predict(model, datasets["test"], progress="testing", **asked)
+    found = predict(
+        model, datasets["test"], size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=result.amp,
+        progress="testing",
+    )  # fmt: skip
     curve = result.history["val_accuracy"].to_numpy()
     note = f"best epoch {result.best_epoch} of {cfg.EPOCHS}"
     return {"probabilities": found.probabilities, "note": note, "curve": curve}
@@ -106,7 +108,7 @@ def trained(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 # the images have changed.
 
 # %%
-BASELINES = {
+BASELINE_MAKERS: dict[str, Callable[[EnhancedConfig, Datasets, Path], Answer]] = {
     "majority": majority,
     "linear_probe": linear_probe,
     "from_scratch": lambda cfg, data, folder: trained(scratch_config(cfg), data, folder),
@@ -117,7 +119,7 @@ BASELINES = {
 def run_baseline(name: str, cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """Train baseline `name`, or read its answer from `folder` where it is kept."""
     key = "-".join([settings_hash(cfg), *(data.fingerprint() for data in datasets.values())])
-    make = BASELINES[name]
+    make = BASELINE_MAKERS[name]
     found = keep_result(folder / f"{name}.npz", key, lambda: make(cfg, datasets, folder / name))
     print(f"{name.replace('_', ' ')}: {found['note']}")
     return found

@@ -53,6 +53,10 @@ Augment = Callable[["Trainer", Batch, int, int], tuple[Tensor, Tensor]]  # as au
 class Trainer(Resumable):
     """A model in training, with all that its steps need, on one device."""
 
+    model: EmotionClassifier
+    average: EmotionClassifier | None
+    network: Callable[..., Tensor]
+
     def __init__(
         self, cfg: EnhancedConfig, model: EmotionClassifier, train: EmotionDataset,
         amp: str | None = None, augment: Augment | None = None,
@@ -70,8 +74,9 @@ class Trainer(Resumable):
         self.meter = Meter(self.device, cfg.LOG_EVERY)
         self.guard, self.augment = StatisticsGuard([]), augment or augment_batch
         self.network, self.jitter = model, jitter_colours  # or their compiled forms
-        asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": self.amp}
-        self.predict = functools.partial(predict, **asked)
+        self.predict = functools.partial(
+            predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=self.amp
+        )
 
 
 # %% [markdown]
@@ -273,7 +278,7 @@ def fit(
     keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS)
     with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, cfg.IMG_SIZE):
         saved = keeper.begin(cfg, datasets)
-        trainer = Trainer(cfg, model, datasets["train"], saved and saved["amp"], augment)
+        trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
         progress = keeper.resume(trainer, saved)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):
             while not progress.finished:

@@ -31,7 +31,7 @@ from emotion_toolbox.measures import (
 
 def percentile_interval(value: float, resampled: npt.ArrayLike) -> Estimate:
     """`value` between the 2.5th and the 97.5th percentile of `resampled`."""
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = np.quantile(np.asarray(resampled), (0.025, 0.975))
     return Estimate(float(value), float(low), float(high))
 
 

@@ -57,7 +57,7 @@ class EmotionClassifier(nn.Module):
 def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
     """The network of `cfg` for that many classes, in channels_last memory, on the CPU."""
     torch.manual_seed(cfg.SEED)
-    backbone = make_backbone(cfg.MODEL_NAME, cfg.WEIGHTS)
+    backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, classes, cfg.DROPOUT, cfg.HEAD)
     model = EmotionClassifier(cfg.MODEL_NAME, backbone, head)
     return model.to(memory_format=torch.channels_last)

@@ -185,7 +185,7 @@ def counted(monkeypatch):
         calls.append(1)
         return {"probabilities": np.full((12, 3), 1 / 3), "note": f"trained {len(calls)}"}
 
-    monkeypatch.setitem(module.BASELINES, "majority", make)
+    monkeypatch.setitem(module.BASELINE_MAKERS, "majority", make)
     return calls
 
 

@@ -38,9 +38,9 @@
 #
 # **In Colab** choose *Runtime > Change runtime type > GPU* first. To keep your runs, mount Drive in
 # a cell of your own (`from google.colab import drive; drive.mount("/content/drive")`) and set
-# `OUTPUT_ROOT` to a folder on it; leave `CACHE_DIR` where it is, because Drive is slow. **In Kaggle**
-# switch on *GPU* and *Internet* in the sidebar; data sets lie in `/kaggle/input/NAME`, and what you
-# write to `/kaggle/working` stays.
+# `OUTPUT_ROOT` to a folder on it; leave `CACHE_DIR` where it is, because Drive is slow. **In
+# Kaggle** switch on *GPU* and *Internet* in the sidebar; data sets lie in `/kaggle/input/NAME`, and
+# what you write to `/kaggle/working` stays.
 #
 # > This notebook is generated; what you change in it is lost when it is built again. Its sources
 # > are `notebooks/sections/`, `emotion_transfer/` and `emotion_toolbox/`, and `CONTRIBUTING.md`

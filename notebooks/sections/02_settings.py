@@ -6,7 +6,7 @@
 #
 # | to | write |
 # |---|---|
-# | train on your own pictures, in a folder with one subfolder a class | `PICTURES = "my_pictures"` |
+# | train on your own pictures, in a folder with a subfolder a class | `PICTURES = "my_pictures"` |
 # | use the smaller network | `OVERRIDES = {"MODEL_NAME": "efficientnet_b0"}` |
 # | fit into less memory | `{"ACCUMULATE": 2}`, or `{"BATCH_SIZE": 16}` |
 # | see in a minute whether all of it runs | `{"DEBUG": True, "EPOCHS": 1}` |

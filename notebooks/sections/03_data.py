@@ -11,8 +11,8 @@
 # says nothing about photographs.
 #
 # The data come in three splits. The *training* pictures teach the network, the *validation*
-# pictures choose between epochs, and the *test* pictures are looked at once, at the end. So: what is
-# there, and how many of each class?
+# pictures choose between epochs, and the *test* pictures are looked at once, at the end. So: what
+# is there, and how many of each class?
 
 # %%
 import dataclasses

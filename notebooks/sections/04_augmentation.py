@@ -2,9 +2,9 @@
 # ## Augmentation
 #
 # *How can few pictures be made into many?* A photograph of a sunset stays one when it is mirrored,
-# cut a little closer or slightly warmer. Showing the network such variants, new ones in every epoch,
-# keeps it from learning pictures by heart. How far to go is a question of *meaning*: a strong change
-# of hue turns a calm blue sea into an angry red one, so colours move little here.
+# cut a little closer or slightly warmer. Showing the network such variants, new ones in every
+# epoch, keeps it from learning pictures by heart. How far to go is a question of *meaning*: a
+# strong change of hue turns a calm blue sea into an angry red one, so colours move little here.
 
 # %%
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation

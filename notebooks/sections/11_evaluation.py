@@ -1,20 +1,20 @@
 # %% [markdown]
 # ## Evaluation
 #
-# *How good is it, and where does it fail?* No decision so far was made on the test pictures, so they
-# can tell how the network does on pictures it has never seen. Look at them once. If you tune on
-# them, they become validation pictures and you have no test any more.
+# *How good is it, and where does it fail?* No decision so far was made on the test pictures, so
+# they can tell how the network does on pictures it has never seen. Look at them once. If you tune
+# on them, they become validation pictures and you have no test any more.
 #
 # An accuracy on a *finite* set would have come out a little different on another. So every number
-# comes with the range that holds it in about 95 of 100 repetitions, and decimals beyond the width of
-# that range mean nothing.
+# comes with the range that holds it in about 95 of 100 repetitions, and decimals beyond the width
+# of that range mean nothing.
 
 # %%
 from emotion_transfer.intervals import evaluate_predictions, paired_test
 
 # %% [markdown]
-# Each cell reads *value [low, high]*. The validation figures are a little too good, because the best
-# epoch was chosen by them; the test figures are the ones to quote.
+# Each cell reads *value [low, high]*. The validation figures are a little too good, because the
+# best epoch was chosen by them; the test figures are the ones to quote.
 
 # %%
 from emotion_toolbox.report import prediction_table, write_predictions
@@ -52,9 +52,9 @@ keep_figure(plot_confusion(confusion, classes), name="confusion")
 
 # %% [markdown]
 # **Does it know how sure it is?** Of all answers given with 80 % confidence, 80 % should be right:
-# bars that reach the diagonal. Bars below it mean that the network is too sure of itself, bars above
-# it too modest, which label smoothing and mixing tend to cause. The *expected calibration error* is
-# their mean distance ([Guo et al. 2017](https://arxiv.org/abs/1706.04599)).
+# bars that reach the diagonal. Bars below it mean that the network is too sure of itself, bars
+# above it too modest, which label smoothing and mixing tend to cause. The *expected calibration
+# error* is their mean distance ([Guo et al. 2017](https://arxiv.org/abs/1706.04599)).
 
 # %%
 reliability = reliability_table(test.labels, test.probabilities)
