@@ -21,19 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emotion_toolbox.pixels import (
-    ColourJitter,
-    Floats,
-    between,
-    blur_some,
-    channel_constants,
-    check_pixels,
-    chunks,
-    colour_factors,
-    crop_sizes,
-    erase_boxes,
-    jitter_colours,
-    random_boxes,
-    send_to,
+    ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, chunks,
+    colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
 )  # fmt: skip
 from emotion_transfer.config import EnhancedConfig
 

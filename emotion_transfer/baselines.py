@@ -13,6 +13,7 @@
 # %%
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,8 @@ def linear_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answe
     torch.manual_seed(cfg.SEED)  # for random weights, where WEIGHTS is None
     backbone = make_backbone(cfg.MODEL_NAME, cfg.WEIGHTS).to(choose_device(cfg.DEVICE)).eval()
     spec = BACKBONES[cfg.MODEL_NAME]
-    features = {
-        name: extract_features(backbone, data, spec, cfg.IMG_SIZE, cfg.BATCH_SIZE)
-        for name, data in datasets.items()
-    }
+    features = {name: extract_features(backbone, data, spec, cfg.IMG_SIZE, cfg.BATCH_SIZE)
+                for name, data in datasets.items()}  # fmt: skip
     probe, strength = fit_probe(features, {n: d.split.labels for n, d in datasets.items()})
     answer = np.zeros((len(features["test"]), len(datasets["test"].classes)))
     answer[:, probe.classes_] = probe.predict_proba(features["test"])
@@ -80,13 +79,14 @@ def scratch_config(cfg: EnhancedConfig) -> EnhancedConfig:
 
 def plain_config(cfg: EnhancedConfig) -> EnhancedConfig:
     """The settings of the plain fine-tune that belongs to `cfg`."""
-    off: dict[str, Any] = dict.fromkeys(("MIXUP_ALPHA", "CUTMIX_ALPHA", "MIX_PROB", "LABEL_SMOOTHING", "EMA_DECAY", "DROPOUT",
+    off = ("MIXUP_ALPHA", "CUTMIX_ALPHA", "MIX_PROB", "LABEL_SMOOTHING", "EMA_DECAY", "DROPOUT",
            "ROTATION", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR_PROB",
-           "ERASE_PROB"), 0.0)  # fmt: skip
+           "ERASE_PROB")  # fmt: skip
+    without: dict[str, Any] = dict.fromkeys(off, 0.0)
     return dataclasses.replace(
-        cfg, **off, HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4,
-        BALANCE="none", BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
-        PATIENCE=cfg.EPOCHS, INIT_FROM=None,
+        cfg, **without, HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4, BALANCE="none",
+        BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0), PATIENCE=cfg.EPOCHS,
+        INIT_FROM=None,
     )  # fmt: skip
 
 
@@ -94,10 +94,8 @@ def trained(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """What a network trained as `cfg` says answers, with its validation accuracy by epoch."""
     model = build_model(cfg, len(datasets["train"].classes))
     result = fit(cfg, model, datasets, folder / "checkpoints")
-    found = predict(
-        model, datasets["test"], size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=result.amp,
-        progress="testing",
-    )  # fmt: skip
+    ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=result.amp)
+    found = ask(model, datasets["test"], progress="testing")
     curve = result.history["val_accuracy"].to_numpy()
     note = f"best epoch {result.best_epoch} of {cfg.EPOCHS}"
     return {"probabilities": found.probabilities, "note": note, "curve": curve}

@@ -110,15 +110,12 @@ def check_config(cfg: EnhancedConfig) -> None:
     """Raise ``ConfigError`` naming what is impossible in `cfg` and what is allowed."""
     check_values(cfg)
     if cfg.BATCH_SIZE % cfg.ACCUMULATE or cfg.BATCH_SIZE // cfg.ACCUMULATE < 2:
-        raise ConfigError(
-            f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal parts "
-            "of at least 2 images (the head's BatchNorm needs two)"
-        )
+        said = f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal parts"
+        raise ConfigError(f"{said} of at least 2 images (the head's BatchNorm needs two)")
     if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
-        raise ConfigError(
-            f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={cfg.IMG_SIZE} and 1.3 times "
-            f"that; None gives {round(cfg.IMG_SIZE * 8 / 7)}"
-        )
+        low, usual = cfg.IMG_SIZE, round(cfg.IMG_SIZE * 8 / 7)
+        said = f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={low} and 1.3 times that"
+        raise ConfigError(f"{said}; None gives {usual}")
 
 
 # %% [markdown]
@@ -145,9 +142,8 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # for, which always wins. A misspelt name is answered with the nearest right ones.
 
 # %%
-QUICK_PROFILE = {
-    **{"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96, "LR_BACKBONE": 3e-4}
-}
+QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
+                 "LR_BACKBONE": 3e-4}  # fmt: skip
 
 
 def make_config(overrides: Any = None, profile: Mapping[str, Any] | None = None) -> EnhancedConfig:

@@ -9,8 +9,8 @@
 # %%
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,8 @@ from torch import Tensor, nn
 from emotion_toolbox.backbones import batch_norms
 from emotion_toolbox.batches import Batch, EmotionDataset, batch_slices, fetch_ahead, training_order
 from emotion_toolbox.device import (
-    Meter,
-    StatisticsGuard,
-    choose_amp,
-    choose_device,
-    device_name,
-    keep_freed_memory,
-    make_scaler,
-    memory_advice,
-    memory_in_use,
-    move_average,
-    precision,
-    set_deterministic,
-    void_unless,
+    Meter, StatisticsGuard, choose_amp, choose_device, device_name, keep_freed_memory, make_scaler,
+    memory_advice, memory_in_use, move_average, precision, set_deterministic, void_unless,
 )  # fmt: skip
 from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable, highest_rates
@@ -47,6 +36,7 @@ from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing
 from emotion_transfer.model import EmotionClassifier, make_optimizer, set_training_mode, thaw_level
 from emotion_transfer.schedule import rates_at, set_learning_rates
 
+Figures = dict[str, float]
 Augment = Callable[["Trainer", Batch, int, int], tuple[Tensor, Tensor]]  # as augment_batch
 
 
@@ -74,9 +64,7 @@ class Trainer(Resumable):
         self.meter = Meter(self.device, cfg.LOG_EVERY)
         self.guard, self.augment = StatisticsGuard([]), augment or augment_batch
         self.network, self.jitter = model, jitter_colours  # or their compiled forms
-        self.predict = functools.partial(
-            predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=self.amp
-        )
+        self.predict = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=self.amp)
 
 
 # %% [markdown]
@@ -90,9 +78,8 @@ def augment_batch(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tupl
     cfg, spec = trainer.cfg, trainer.model.spec
     first, count = step * cfg.BATCH_SIZE, len(batch.labels)
     plan = draw_augmentation(cfg, draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS))
-    images = apply_augmentation(
-        batch.images, plan, cfg.IMG_SIZE, spec.mean, spec.std, trainer.jitter
-    )
+    asked = plan, cfg.IMG_SIZE, spec.mean, spec.std, trainer.jitter
+    images = apply_augmentation(batch.images, *asked)
     targets = F.one_hot(batch.labels, len(trainer.loss.weight)).to(images.dtype)
     if mixing_active(cfg, epoch):
         mixing = draw_mixing(cfg, epoch, first, count)
@@ -195,9 +182,7 @@ def train_epoch(
 
 
 # %%
-def validate_epoch(
-    trainer: Trainer, val: EmotionDataset
-) -> tuple[dict[str, float], Predictions, str]:
+def validate_epoch(trainer: Trainer, val: EmotionDataset) -> tuple[Figures, Predictions, str]:
     """The epoch's figures, and the predictions and name of the better: "raw" or "ema"."""
     networks = {"raw": trainer.model}
     if trainer.average is not None:
@@ -230,7 +215,7 @@ def end_epoch(
     about = {"name": best.name, "classes": list(val.classes), "source": source}
     weights = {"model": best.state_dict(), **about}
     keeper.save_best(progress, found.score(cfg.MONITOR), found.loss, weights)
-    rates = functools.partial(rates_at, cfg, epoch, steps=steps)
+    rates = partial(rates_at, cfg, epoch, steps=steps)
     row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
            **highest_rates(rates, steps), "memory_mb": memory_in_use(trainer.device),
            "skipped_steps": totals.skipped}  # fmt: skip
@@ -252,10 +237,8 @@ def end_epoch(
 def run_epoch(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper: Keeper) -> None:
     """Train, validate, save and report one epoch, or what is left of it."""
     cfg, train = trainer.cfg, trainer.train
-    order = training_order(
-        train.split.labels, cfg.BATCH_SIZE, seed=cfg.SEED, epoch=progress.epoch,
-        balanced=cfg.BALANCE == "sampler",
-    )  # fmt: skip
+    which, balanced = {"seed": cfg.SEED, "epoch": progress.epoch}, cfg.BALANCE == "sampler"
+    order = training_order(train.split.labels, cfg.BATCH_SIZE, balanced=balanced, **which)
     steps = len(order) // cfg.BATCH_SIZE
     slices = batch_slices(order, cfg.BATCH_SIZE, progress.step)
     with contextlib.closing(fetch_ahead(train, slices, trainer.device)) as batches:

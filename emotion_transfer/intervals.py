@@ -20,11 +20,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
-    Estimate,
-    calibration_estimate,
-    check_labels,
-    check_probabilities,
-    confusion_metrics,
+    Estimate, calibration_estimate, check_labels, check_probabilities, confusion_metrics,
     hits_by_name,
 )  # fmt: skip
 

@@ -66,11 +66,8 @@ def draw_mixing(cfg: EnhancedConfig, epoch: int, first: int, count: int) -> Mixi
     corner = np.floor([cfg.IMG_SIZE * u["box_x"], cfg.IMG_SIZE * u["box_y"]]) - side // 2
     left, top, right, bottom = box = np.clip([*corner, *(corner + side)], 0, cfg.IMG_SIZE)
     lam = np.where(cut, 1 - (right - left) * (bottom - top) / cfg.IMG_SIZE**2, lam)
-    return Mixing(
-        partner=torch.from_numpy(np.argsort(u["partner"], kind="stable")),
-        lam=torch.from_numpy(lam).float(),
-        box=torch.from_numpy(box.T).long(),
-    )
+    partner = np.argsort(u["partner"], kind="stable")
+    return Mixing(*map(torch.from_numpy, (partner, lam.astype(np.float32), box.T.astype(np.int64))))
 
 
 # %% [markdown]

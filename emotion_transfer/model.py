@@ -59,8 +59,7 @@ def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
     torch.manual_seed(cfg.SEED)
     backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, classes, cfg.DROPOUT, cfg.HEAD)
-    model = EmotionClassifier(cfg.MODEL_NAME, backbone, head)
-    return model.to(memory_format=torch.channels_last)
+    return EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)
 
 
 # %% [markdown]

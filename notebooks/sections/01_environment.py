@@ -30,6 +30,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GP
 # `%%toolbox` makes it so. A cell that you edit and run again is in force at once, everywhere.
 
 # %% tags=["magic"]
+# @title %%toolbox
 import importlib.util
 import sys
 import tempfile

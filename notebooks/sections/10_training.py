@@ -40,9 +40,8 @@ print(gap_verdict(clean, clean - row["gap"], len(datasets["val"]), len(classes))
 
 # %%
 after = ask(model, test_set, positions=eight, amp=result.amp)
-guesses = plot_guesses(
-    test_set.pictures(eight), after.labels, untrained.probabilities, after.probabilities, classes
-)
+before_after = untrained.probabilities, after.probabilities
+guesses = plot_guesses(test_set.pictures(eight), after.labels, *before_after, classes)
 keep_figure(guesses, name="guesses")
 
 # %% [markdown]
