@@ -110,8 +110,8 @@ def check_config(cfg: EnhancedConfig) -> None:
     """Raise ``ConfigError`` naming what is impossible in `cfg` and what is allowed."""
     check_values(cfg)
     if cfg.BATCH_SIZE % cfg.ACCUMULATE or cfg.BATCH_SIZE // cfg.ACCUMULATE < 2:
-        said = f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal parts"
-        raise ConfigError(f"{said} of at least 2 images (the head's BatchNorm needs two)")
+        said = f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal"
+        raise ConfigError(f"{said} parts of at least 2 images (the head's BatchNorm needs two)")
     if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
         low, usual = cfg.IMG_SIZE, round(cfg.IMG_SIZE * 8 / 7)
         said = f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={low} and 1.3 times that"
