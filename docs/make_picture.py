@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ROWS = (("sample_grid", "training"), ("confusion", "comparison"))
+ROWS = (("pictures", "training"), ("confusion", "comparison"))
 WIDTH, GAP = 900, 24
 
 
