@@ -95,7 +95,7 @@ def hostile_files(folder: Path, good: bytes) -> dict[Path, str]:
         "empty.jpg": (b"", "zero bytes"),
         "cut.jpg": (good[: len(good) // 2], "truncated"),
         "text.png": (b"<svg onload='alert(1)'/>", "image"),
-        "huge.png": (png_header(200_000, 200_000), "image"),
+        "huge.png": (png_header(200_000, 200_000), "truncated"),
         "header.png": (png_header(10, 10), ""),
         "archive.jpg": (b"PK\x03\x04" + bytes(500), "image"),
     }
