@@ -51,8 +51,3 @@ eight = np.linspace(0, len(test_set) - 1, 8).round().astype(int)
 ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE)
 untrained = ask(model, test_set, positions=eight)
 print(f"right: {(untrained.predicted == untrained.labels).sum()} of {len(eight)}")
-
-# %% [markdown]
-# > **Try it:** set `WEIGHTS` to `None`. What do the curves and the test accuracy become?
-# >
-# > <details><summary>What you should see</summary>TRY_WEIGHTS</details>

@@ -25,8 +25,3 @@ import pandas as pd
 
 weights = class_weights(train.split.labels, len(classes)).numpy().round(2)
 pd.DataFrame({"images": data.counts()["train"], "weight": weights}).T
-
-# %% [markdown]
-# > **Try it:** set `LABEL_SMOOTHING` and `MIX_PROB` to 0. Is the network better? Is it surer?
-# >
-# > <details><summary>What you should see</summary>TRY_SMOOTHING</details>

@@ -28,8 +28,3 @@ mix_off = max(0, cfg.EPOCHS - cfg.MIX_OFF_EPOCHS)
 print(f"{cfg.EPOCHS} epochs of {steps} steps with {cfg.BATCH_SIZE} images each")
 rates = partial(rates_at, cfg, steps=steps)
 keep_figure(plot_schedule(rates, cfg.EPOCHS, steps, thaws, mix_off), name="schedule")
-
-# %% [markdown]
-# > **Try it:** set `LR_BACKBONE` to 0.003, the head's own rate. What happens at the thaw?
-# >
-# > <details><summary>What you should see</summary>TRY_RATE</details>

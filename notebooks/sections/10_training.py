@@ -43,8 +43,3 @@ after = ask(model, test_set, positions=eight, amp=result.amp)
 before_after = untrained.probabilities, after.probabilities
 guesses = plot_guesses(test_set.pictures(eight), after.labels, *before_after, classes)
 keep_figure(guesses, name="guesses")
-
-# %% [markdown]
-# > **Try it:** set `WARMUP_EPOCHS` to 0, so that the backbone moves while the head is still random.
-# >
-# > <details><summary>What you should see</summary>TRY_WARMUP</details>

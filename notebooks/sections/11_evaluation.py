@@ -89,9 +89,3 @@ heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[first])
 titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]} ({confidence[i]:.0%})"
           for i in first]  # fmt: skip
 keep_figure(plot_gradcam(denormalise(inputs, spec.mean, spec.std), heat, titles), name="grad_cam")
-
-# %% [markdown]
-# > **Try it:** set `IMG_SIZE` to 160. Training takes longer; what becomes of the heat maps and of
-# > the accuracy?
-# >
-# > <details><summary>What you should see</summary>TRY_SIZE</details>

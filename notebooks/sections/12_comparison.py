@@ -46,9 +46,3 @@ comparison_table(compared, tests)
 # %%
 published = published_accuracies(classes, synthetic=data.synthetic)
 keep_figure(plot_comparison(compared, published), name="comparison")
-
-# %% [markdown]
-# > **Try it:** switch one technique off, `{"EMA_DECAY": 0}` say, and run with three seeds
-# > (`SEED`). Is the difference larger than the spread between the seeds?
-# >
-# > <details><summary>What you should see</summary>TRY_EMA</details>
