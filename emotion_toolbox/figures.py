@@ -351,8 +351,8 @@ def plot_guesses(
         old, new = (f"{names[p.argmax()]} {p.max():.0%}" for p in guesses)
         titles.append(f"{names[label]}\nbefore: {old}\nafter: {new}")
         frames.append(GREEN if guesses[1].argmax() == label else RED)
-    title = "The true class; the answers before and after training (green frame: right in the end)"
-    return plot_image_grid(pictures, titles, 6, title, frames)
+    title = "True class, and the answers before and after (green frame: right)"
+    return plot_image_grid(pictures, titles, 4, title, frames)
 
 
 def plot_mistakes(
