@@ -175,6 +175,22 @@ def place_folders(
     return placed
 
 
+def find_lacking(source: Source, table: pd.DataFrame) -> list[str]:
+    """Which of test and val have no image in `table`.
+
+    Raises:
+        DataError: if splits are given, and train or both of these lack.
+    """
+    given = sorted(set(table[SPLIT]) - {""})
+    lacking = [part for part in ("test", "val") if part not in given]
+    if given and ("train" not in given or len(lacking) > 1):
+        raise DataError(
+            f"{source.origin} has images for {' and '.join(given)} only; add the others, or have "
+            "all split anew: --resplit, in a notebook resplit=True"
+        )
+    return lacking
+
+
 def assign_splits(
     source: Source, table: pd.DataFrame, shares: Sequence[float] | None, seed: int
 ) -> tuple[pd.DataFrame, str]:
@@ -187,15 +203,9 @@ def assign_splits(
     Raises:
         DataError: if training images lack, or a class is too small to be in every split.
     """
-    given = sorted(set(table[SPLIT]) - {""})
-    lacking = [part for part in ("test", "val") if part not in given]
-    if given and ("train" not in given or len(lacking) > 1):
-        raise DataError(
-            f"{source.origin} has images for {' and '.join(given)} only; add the others, or have "
-            "all split anew: --resplit, in a notebook resplit=True"
-        )
-    if not lacking:
+    if not (lacking := find_lacking(source, table)):
         return table, "as given by the source"
+    given = bool((table[SPLIT] != "").any())
     rows = table[table[SPLIT] == ("train" if given else "")]
     twins = identical_images([source.images_root / path for path in rows["path"]])
     labels, names = rows["label"].to_numpy(dtype=str), np.full(len(rows), "train", dtype=object)
@@ -215,7 +225,7 @@ def assign_splits(
         names[random.permutation(own)[: sum(numbers)]] = np.repeat(lacking, numbers)
     taken = names[twins]
     counts = " and ".join(f"{(taken == part).sum()} {part}" for part in lacking)
-    how = f"{counts} taken from {len(rows)}{' training' * bool(given)} images by label, seed {seed}"
+    how = f"{counts} taken from {len(rows)}{' training' * given} images by label, seed {seed}"
     if (copies := len(rows) - len(np.unique(twins))) > 0:
         how += f"; {copies} identical copies kept with their twins"
     filled = table[SPLIT].copy()
@@ -257,6 +267,7 @@ def write_data(
         DataError: naming the file, the row and the fix; `output` is then as it was.
     """
     table = source.table.assign(**{SPLIT: ""}) if resplit else source.table
+    find_lacking(source, table)  # before labels are compared with those of training images
     classes = source.classes or order_of(table.loc[table[SPLIT].isin(["", "train"]), "label"])
     unknown = table[~table["label"].isin(classes)]
     if len(unknown) or len(classes) < 2:
@@ -287,7 +298,8 @@ def write_data(
     }
     stats |= {"images_root": root.as_posix(), "split": how, "left_out": dict(source.left_out)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output.parent) as folder:
+    disk = output if output.is_dir() else output.parent  # a link may lead to another disk
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=disk) as folder:
         draft = Path(folder)
         write_split_tables(draft, tables, classes, stats | dict(facts or {}))
         try:

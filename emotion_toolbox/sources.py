@@ -100,7 +100,8 @@ def read_emoset(root: Path, *, attributes: bool = True) -> Source:
         for number, row in enumerate(rows, start=1):
             where = f"{file} row {number}"
             records.append((*_emoset_row(row, where, numbers), where, split))
-    table = pd.DataFrame(records, columns=["label", "path", "annotation", WHERE, SPLIT])
+    table = pd.DataFrame(records, columns=["path", "label", "annotation", WHERE, SPLIT])
+    refuse_repeats(table)
     notes = table.pop("annotation")
     if attributes:
         items = [(root / note, where) for note, where in zip(notes, table[WHERE], strict=True)]
@@ -126,7 +127,7 @@ def _emoset_labels(info: Path) -> dict[str, int]:
 
 
 def _emoset_row(row: Any, where: str, known: Mapping[str, int]) -> tuple[str, str, str]:
-    """Label, image and annotation of one row, whichever order the two files come in."""
+    """Image, label and annotation of one row, whichever order the two files come in."""
     if not isinstance(row, list) or len(row) not in (3, 4) or not all(type(f) is str for f in row):
         raise DataError(
             f"{where} should be three texts (label, image, annotation) or four (label, id, image, "
@@ -143,7 +144,7 @@ def _emoset_row(row: Any, where: str, known: Mapping[str, int]) -> tuple[str, st
         raise DataError(
             f"{where} should name one image and one .json annotation and has {row[1:]}; correct it"
         )
-    return label, images[0], notes[0]
+    return images[0], label, notes[0]
 
 
 def read_attributes(item: tuple[Path, str]) -> list[str]:
@@ -185,6 +186,12 @@ def read_csv_source(csv: Path, base: Path) -> Source:
     full = [os.path.normpath(base / path.replace("\\", "/")) for path in table["path"]]
     root = base if all(Path(file).is_relative_to(base) for file in full) else common_folder(full)
     table["path"] = [Path(file).relative_to(root).as_posix() for file in full]
+    refuse_repeats(table)
+    return Source("CSV", csv, root, table)
+
+
+def refuse_repeats(table: pd.DataFrame) -> None:
+    """Raise ``DataError`` if two rows of `table` have one path, as the source has it."""
     again = table.loc[table["path"].duplicated()]
     if len(again):
         row = again.iloc[0]
@@ -192,7 +199,6 @@ def read_csv_source(csv: Path, base: Path) -> Source:
         raise DataError(
             f"{row[WHERE]} lists {row['path']} again, after {first[WHERE]}; remove one of the two"
         )
-    return Source("CSV", csv, root, table)
 
 
 def take_splits(table: pd.DataFrame) -> "pd.Series[str]":
@@ -237,12 +243,15 @@ def read_fer2013(csv: Path) -> Source:
         try:
             label = FER2013[int(values[columns[0]])]
             pixels = np.array(values[columns[1]].split(), dtype=np.uint8).reshape(48, 48)
+            split = "" if usage is None else values[usage]
         except (ValueError, IndexError, OverflowError) as error:
             raise DataError(f"{csv} row {line} is no emotion 0 to 6 with 48 x 48 pixels") from error
-        split = "" if usage is None else split_of(values[usage].strip())
         path = f"{label}/{line:05d}.png"
         (folder / label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / path)
         rows.append((path, label, split, f"{csv} row {line}"))
-    table = pd.DataFrame(rows, columns=["path", "label", SPLIT, WHERE])
+    table = pd.DataFrame(rows, columns=["path", "label", "usage", WHERE])
+    if usage is None:
+        del table["usage"]
+    table[SPLIT] = take_splits(table)
     return Source("FER2013", csv, folder, table)

@@ -1,5 +1,6 @@
 """``prepare``: EmoSet folders, class folders and CSVs become the notebook's data folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,19 +14,25 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from small_run import listed
 
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import project_root
 from emotion_toolbox.sample import draw_sample
-from emotion_transfer import prepare as prepare_module
-from emotion_transfer.commands.prepare import prepare
+from emotion_transfer.commands import prepare as command
 from emotion_transfer.config import make_config
-from emotion_transfer.train import main
 
 NUMBERS = iter(range(10**9))
+
+
+def prepare(source: Path, output: Path, *options: str | Path) -> dict[str, Any]:
+    """What stats.json says after the command with these options; its errors are raised."""
+    words = [source, "--output", output, *options]
+    written = command.prepare(command.make_parser().parse_args([str(word) for word in words]))
+    assert written == output
+    stats: dict[str, Any] = json.loads((output / "stats.json").read_text(encoding="utf-8"))
+    return stats
 
 
 def draw(path: Path, size: tuple[int, int] = (12, 9)) -> Path:
@@ -115,7 +122,8 @@ def test_emoset_rows_may_name_the_annotation_first(tmp_path: Path) -> None:
 def test_the_notebook_reads_what_was_written(tmp_path: Path) -> None:
     root = emoset(tmp_path / "e", 3)
     stats = prepare(root, tmp_path / "out")
-    data = listed(make_config(overrides_for(tmp_path / "out", stats["images_root"])))
+    assert stats["images_root"] != "."
+    data = listed(make_config({"DATA_ROOT": str(tmp_path / "out")}))
     assert data.classes == MIKELS_CLASSES
     assert not data.synthetic
     assert all(split.path(i).is_file() for split in data.splits.values() for i in range(len(split)))
@@ -185,7 +193,7 @@ def test_emoset_faults_name_file_row_and_fix(
     damage(root)
     with pytest.raises(DataError, match=message):
         prepare(root, tmp_path / "out")
-    assert main([str(root), "--output", str(tmp_path / "out")]) == 1
+    assert command.main([str(root), "--output", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -196,7 +204,7 @@ def test_emoset_faults_name_file_row_and_fix(
 def test_annotations_can_be_left_out(tmp_path: Path) -> None:
     root = emoset(tmp_path / "e", 4)
     shutil.rmtree(root / "annotation")
-    prepare(root, tmp_path / "out", attributes=False)
+    prepare(root, tmp_path / "out", "--no-attributes")
     assert list(tables(tmp_path / "out")["train"].columns) == ["path", "label"]
 
 
@@ -204,7 +212,7 @@ def test_missing_images_can_be_left_out(tmp_path: Path) -> None:
     root = emoset(tmp_path / "e", 3)
     lost = sorted((root / "image/awe").iterdir())[0]
     lost.unlink()
-    stats = prepare(root, tmp_path / "out", skip_missing=True)
+    stats = prepare(root, tmp_path / "out", "--skip-missing")
     assert stats["left_out_missing"] == 1
     assert stats["counts"]["train"]["awe"] == 1
     assert lost.name not in tables(tmp_path / "out")["train"]["path"].str.cat()
@@ -235,36 +243,47 @@ def test_split_class_folders_are_taken_as_they_are(tmp_path: Path, val: str) -> 
 
 def test_unsplit_folders_are_split_by_label_without_leak_or_loss(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "set", cat=100, dog=60, eel=40)
-    prepare(root, tmp_path / "out", seed=3)
+    stats = prepare(root, tmp_path / "out", "--seed", "3")
     found = tables(tmp_path / "out")
-    assert {split: len(table) for split, table in found.items()} == {
-        "train": 160, "val": 10, "test": 30
-    }  # fmt: skip
-    for split, share in (("train", 0.8), ("val", 0.05), ("test", 0.15)):
-        counts = found[split]["label"].value_counts()
-        np.testing.assert_allclose(
-            [counts["cat"], counts["dog"], counts["eel"]], share * np.array([100, 60, 40]), atol=1
-        )
+    counts = {s: table["label"].value_counts().to_dict() for s, table in found.items()}
+    assert counts == {
+        "train": {"cat": 75, "dog": 41, "eel": 26},
+        "val": {"cat": 10, "dog": 10, "eel": 8},  # ten rather than 5 %, but at most a fifth
+        "test": {"cat": 15, "dog": 9, "eel": 6},
+    }
     paths = pd.concat(found.values())["path"]
     assert sorted(paths) == sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
+    assert stats["split"] == "30 test and 28 val taken from 200 images by label, seed 3"
 
 
-def test_the_split_is_scikit_learns(tmp_path: Path) -> None:
-    root = class_tree(tmp_path / "set", cat=40, dog=25)
-    prepare(root, tmp_path / "out", shares=(70, 15, 15), seed=11)
-    paths = np.array(sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png")))
-    labels = np.array([path.split("/")[0] for path in paths])
-    rest, test = train_test_split(np.arange(65), test_size=10, stratify=labels, random_state=11)
-    train, val = train_test_split(rest, test_size=10, stratify=labels[rest], random_state=11)
-    found = tables(tmp_path / "out")
-    for split, chosen in (("train", train), ("val", val), ("test", test)):
-        assert sorted(found[split]["path"]) == sorted(paths[chosen])
+def test_large_classes_are_split_like_emoset(tmp_path: Path) -> None:
+    stats = prepare(class_tree(tmp_path / "set", cat=300, dog=260), tmp_path / "out")
+    assert stats["counts"] == {
+        "train": {"cat": 240, "dog": 208},
+        "val": {"cat": 15, "dog": 13},
+        "test": {"cat": 45, "dog": 39},
+    }
+
+
+def test_every_class_is_in_every_split(tmp_path: Path) -> None:
+    stats = prepare(class_tree(tmp_path / "set", cat=30, dog=12, eel=3), tmp_path / "out")
+    assert [stats["counts"][split]["eel"] for split in ("train", "val", "test")] == [1, 1, 1]
+    assert [stats["counts"][split]["dog"] for split in ("train", "val", "test")] == [8, 2, 2]
+
+
+@pytest.mark.parametrize("shares", ["70 10 20", "7 1 2"])
+def test_given_shares_are_kept_to(tmp_path: Path, shares: str) -> None:
+    root = class_tree(tmp_path / "set", cat=40, dog=20)
+    stats = prepare(root, tmp_path / "out", "--split", *shares.split())
+    assert stats["counts"] == {
+        "train": {"cat": 28, "dog": 14}, "val": {"cat": 4, "dog": 2}, "test": {"cat": 8, "dog": 4}
+    }  # fmt: skip
 
 
 def test_the_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "set", cat=30, dog=30)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare(root, tmp_path / name, seed=seed)
+        prepare(root, tmp_path / name, "--seed", str(seed))
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     assert everything(tmp_path / "a")["test.csv"] != everything(tmp_path / "c")["test.csv"]
 
@@ -278,7 +297,7 @@ def test_identical_images_stay_in_one_split(tmp_path: Path) -> None:
     for i in range(20):
         big.putpixel((89, 89), (i, 0, 0))
         big.save(root / "dog" / f"big{i}.bmp")
-    stats = prepare(root, tmp_path / "out", seed=5)
+    stats = prepare(root, tmp_path / "out", "--seed", "5")
     where = {p: s for s, table in tables(tmp_path / "out").items() for p in table["path"]}
     originals = [p for p in where if p.startswith("cat/") and "copy" not in p]
     assert all(where[p] == where[p.replace("cat/", "cat/copy-")] for p in originals)
@@ -290,9 +309,51 @@ def test_val_is_taken_out_of_training_where_only_it_lacks(tmp_path: Path) -> Non
     root = class_tree(tmp_path / "set", train__cat=51, train__dog=34, test__cat=5, test__dog=5)
     stats = prepare(root, tmp_path / "out")
     assert stats["counts"] == {
-        "train": {"cat": 48, "dog": 32}, "val": {"cat": 3, "dog": 2}, "test": {"cat": 5, "dog": 5}
+        "train": {"cat": 41, "dog": 27}, "val": {"cat": 10, "dog": 7}, "test": {"cat": 5, "dog": 5}
     }  # fmt: skip
-    assert "5.9% of train made val" in stats["split"]
+    assert stats["split"].startswith("17 val taken from 85 training images by label")
+    assert tables(tmp_path / "out")["test"]["path"].str.startswith("test/").all()
+    stats = prepare(root, tmp_path / "shares", "--split", "80", "5", "15")
+    assert stats["counts"]["val"] == {"cat": 3, "dog": 2}  # 5 of the 85 that are not test
+
+
+def test_test_is_taken_out_of_training_where_only_it_lacks(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", train__a=19, train__b=38, val__a=1, val__b=1)
+    stats = prepare(root, tmp_path / "out")
+    assert stats["counts"] == {
+        "train": {"a": 16, "b": 32}, "val": {"a": 1, "b": 1}, "test": {"a": 3, "b": 6}
+    }  # fmt: skip
+    assert tables(tmp_path / "out")["test"]["path"].str.startswith("train/").all()
+
+
+def test_two_folders_of_one_split_are_both_read(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", train__a=2, train__b=2, val__a=1, valid__b=1, test__a=1)
+    prepare(root, tmp_path / "out")
+    val = tables(tmp_path / "out")["val"].to_numpy().tolist()
+    assert val == [["val/a/000.png", "a"], ["valid/b/000.png", "b"]]
+
+
+def test_splits_that_are_given_can_be_made_anew(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", train__a=20, train__b=20, val__a=10, test__b=10)
+    given = prepare(root, tmp_path / "given")
+    assert given["split"] == "as given by the source"
+    assert given["counts"]["val"] == {"a": 10, "b": 0}
+    anew = prepare(root, tmp_path / "anew", "--resplit")
+    assert anew["counts"]["val"] == {"a": 6, "b": 6}
+    assert {path.split("/")[0] for path in tables(tmp_path / "anew")["train"]["path"]} == {
+        "train", "val", "test"
+    }  # fmt: skip
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = class_tree(tmp_path / "set", train__a=2, train__b=2, val__a=1, test__b=1, unsorted__x=3)
+    for name in ("train/a/one.txt", "train/b/two.TXT", "LICENSE", ".DS_Store"):
+        (root / name).write_text("no image")
+    stats = prepare(root, tmp_path / "out")
+    left_out = {".DS_Store": 1, "*.txt": 2, "without suffix": 1, "in unsorted/": 3}
+    assert stats["left_out"] == left_out
+    line = "left out: 2 *.txt, 1 .DS_Store, 3 in unsorted/, 1 without suffix\n"
+    assert line in capsys.readouterr().out
 
 
 def test_class_order(tmp_path: Path) -> None:
@@ -303,17 +364,26 @@ def test_class_order(tmp_path: Path) -> None:
 
 
 FOLDER_FAULTS: list[tuple[str, dict[str, int], str | None, str]] = [
-    ("empty", {}, None, "holds no images in class folders|fewer than two classes"),
+    ("empty", {}, None, r"fewer than two classes to train on \(none\); give the folder"),
     ("one class", {"cat": 5}, None, r"fewer than two classes to train on \(cat\)"),
     ("loose image", {"cat": 2, "dog": 2}, "x.jpg", r"x\.jpg lies in no class folder"),
     ("loose in a split", {"train__a": 2, "test__a": 1}, "train/x.png", r"x\.png lies in no class"),
-    ("stray folder", {"train__a": 1, "more__a": 1}, None, r"more lies beside train/"),
-    ("two vals", {"train__a": 1, "val__a": 1, "valid__a": 1}, None, r"\(val, valid\)"),
-    ("no test", {"train__a": 9, "train__b": 9, "val__a": 1}, None, "has no images for test"),
+    (
+        "stray folder",
+        {"train__a": 1, "more__a": 1},
+        None,
+        r"more/a/\S+ lies.*beside the splits",
+    ),
+    ("train only", {"train__a": 9, "train__b": 9}, None, "images for train only.*--resplit"),
+    ("no train", {"val__a": 9, "test__b": 9}, None, "for test and val only.*--resplit"),
     ("new label", {"train__a": 1, "train__b": 1, "val__c": 1}, None, "unknown label 'c'"),
-    ("tiny class", {"a": 50, "b": 1}, None, "too few images to split.* b, has 1, .*--split"),
-    ("tiny val", {"a": 12, "b": 12}, None, "too few images to split"),
-    ("absent class", {"a": 200, "b": 4}, None, "b would be absent in"),
+    ("tiny class", {"a": 50, "b": 2}, None, "has 2 images of b, .*too few to be in train and test"),
+    (
+        "tiny class in training",
+        {"train__a": 9, "train__b": 1, "test__a": 1},
+        None,
+        "has 1 images of b, copies aside, too few to be in train and val; add",
+    ),
 ]
 
 
@@ -337,22 +407,24 @@ def test_folder_faults(
 
 def test_a_folder_in_the_notebooks_form_is_named_as_such(tmp_path: Path) -> None:
     root = draw_sample(tmp_path / "s", counts={"train": 1, "val": 1, "test": 1}, size=24)
-    stats = prepare(root, tmp_path / "out")  # its own split/class folders serve as a source
-    assert stats["counts"]["val"] == dict.fromkeys(MIKELS_CLASSES, 1)
-    for split in ("train", "val", "test"):
-        shutil.rmtree(root / split)
     with pytest.raises(DataError, match="in the notebook's form already; set DATA_ROOT"):
-        prepare(root, tmp_path / "out2")
+        prepare(root, tmp_path / "out")
+    (root / "val.csv").unlink()  # now its split/class folders serve as a source
+    stats = prepare(root, tmp_path / "out")
+    assert stats["counts"]["val"] == dict.fromkeys(MIKELS_CLASSES, 1)
 
 
 def test_what_is_neither_folder_nor_csv(tmp_path: Path) -> None:
     (tmp_path / "e.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="unpack"):
+    with pytest.raises(DataError, match="neither a folder nor a .csv.*; unpack the archive first"):
         prepare(tmp_path / "e.zip", tmp_path / "out")
+    (tmp_path / "e.xls").write_bytes(b"")
+    with pytest.raises(DataError, match="neither a folder nor a .csv or .tsv file$"):
+        prepare(tmp_path / "e.xls", tmp_path / "out")
     with pytest.raises(DataError, match="does not exist"):
         prepare(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(DataError, match="--images-root is for a CSV"):
-        prepare(tmp_path, tmp_path / "out", images_root=tmp_path)
+    with pytest.raises(DataError, match="--images-root is for a table"):
+        prepare(tmp_path, tmp_path / "out", "--images-root", tmp_path)
 
 
 # --- a CSV --------------------------------------------------------------------------------------
@@ -373,7 +445,8 @@ def csv_set(root: Path, text: str) -> Path:
 def test_csv_columns_and_splits(tmp_path: Path, path: str, label: str) -> None:
     lines = [f"{path},rater,{label},split", "a.png,1,NA,train", "b.png,,1,Train"]
     lines += ["sub\\c.png,3,NA,validation", "d.png,4,1,test"]
-    prepare(csv_set(tmp_path / "in", "\n".join(lines)), tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"the label 'NA' \(2 images\) may stand for none"):
+        prepare(csv_set(tmp_path / "in", "\n".join(lines)), tmp_path / "out")
     found = tables(tmp_path / "out")
     assert list(found["train"].columns) == ["path", "label", "rater"]
     assert found["train"].to_numpy().tolist() == [["a.png", "NA", "1"], ["b.png", "1", ""]]
@@ -385,7 +458,7 @@ def test_csv_without_split_is_split_here(tmp_path: Path) -> None:
     rows = [f"{name}{i}.png,{name}" for name in ("x", "y") for i in range(40)]
     prepare(csv_set(tmp_path / "in", "\n".join(["path,label", *rows])), tmp_path / "out")
     found = tables(tmp_path / "out")
-    assert [len(found[s]) for s in ("train", "val", "test")] == [64, 4, 12]
+    assert [len(found[s]) for s in ("train", "val", "test")] == [52, 16, 12]
     assert found["test"]["label"].value_counts().to_dict() == {"x": 6, "y": 6}
 
 
@@ -399,22 +472,25 @@ def test_csv_paths_may_start_elsewhere_or_be_absolute(tmp_path: Path) -> None:
     )
     (tmp_path / "lists").mkdir()
     shutil.move(tmp_path / "a.csv", tmp_path / "lists/a.csv")
-    one = prepare(tmp_path / "r.csv", tmp_path / "o1", images_root=images)
+    one = prepare(tmp_path / "r.csv", tmp_path / "o1", "--images-root", images)
     two = prepare(tmp_path / "lists/a.csv", tmp_path / "o2")
     assert one["images_root"] == two["images_root"] == images.as_posix()
     assert everything(tmp_path / "o1")["val.csv"] == everything(tmp_path / "o2")["val.csv"]
 
 
 CSV_FAULTS = [
-    ("path,mood\na.png,x\n", "has no column label or emotion or class; it has: path, mood"),
+    ("path,mood\na.png,x\n", "has no column label or emotion or .*; it has: path, mood"),
     ("name,label\na.png,x\n", "has no column path or image_path"),
     ("path,label\n", "lists no image"),
-    ("", "cannot be read as a UTF-8 CSV"),
-    ("path,label\na.png,x\nb.png,\n", r"list\.csv row 3 has no label"),
-    ("path,label\na.png,x\n ,y\n", r"list\.csv row 3 has no path"),
+    ("", r"list\.csv is empty; its first line should be: path,label"),
+    ("path,label\na.png,x\nb.png,\n", r"list\.csv row 3 has an empty label"),
+    ("path,label\na.png,x\n ,y\n", r"list\.csv row 3 has an empty path"),
     ("path,label\na.png,x\nb.png,y\n./a.png,x\n", r"row 4 lists a\.png again, after \S+ row 2"),
-    ("path,label,split\na.png,x,train\nb.png,y,later\n", r"row 3 has the split 'later'; write"),
-    ("path,label,split\na.png,x,train\nb.png,y,test\n", "fewer than two classes to train on"),
+    (
+        "path,label,split\na.png,x,train\nb.png,y,later\n",
+        r"row 3 has the split 'later' in.*; write",
+    ),
+    ("path,label,split\na.png,x,train\nb.png,x,test\n", r"fewer than two classes .*\(x\); give"),
     (
         "path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\nd.png,x,test\n",
         r"row 4 has the unknown label 'z'.*known: x, y",
@@ -434,8 +510,39 @@ def test_csv_faults_name_the_row(tmp_path: Path, text: str, message: str) -> Non
 
 def test_a_csv_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_bytes("path,label\na.png,fröhlich\n".encode("latin-1"))
-    with pytest.raises(DataError, match="cannot be read as a UTF-8 CSV"):
+    with pytest.raises(DataError, match=r"l\.csv row 2 is not UTF-8 .*; save it as CSV UTF-8"):
         prepare(tmp_path / "l.csv", tmp_path / "out")
+
+
+def test_fer2013_becomes_pictures(tmp_path: Path) -> None:
+    lines, greys = ["emotion,pixels,Usage"], {}
+    for i, usage in enumerate(("Training", "Training", "PublicTest", "PrivateTest")):
+        grey = np.random.default_rng(i).integers(0, 256, (48, 48), dtype=np.uint8)
+        label = (0, 3, 3, 0)[i]
+        greys[usage, label] = grey
+        lines.append(f"{label},{' '.join(map(str, grey.ravel()))},{usage}")
+    (tmp_path / "fer2013.csv").write_text("\n".join(lines))
+    stats = prepare(tmp_path / "fer2013.csv", tmp_path / "out")
+    found = tables(tmp_path / "out")
+    assert found["train"]["label"].tolist() == ["angry", "happy"]
+    for split, usage, label in (("val", "PublicTest", 3), ("test", "PrivateTest", 0)):
+        (path,) = found[split]["path"]
+        with Image.open(Path(stats["images_root"]) / path) as image:
+            np.testing.assert_array_equal(np.asarray(image), greys[usage, label])
+    whole, no_face = "1 " * 48 * 48, "is no emotion 0 to 6 with 48 x 48 pixels"
+    faults = {
+        f"7,{whole},Training": no_face,
+        f"0,{whole[2:]},Training": no_face,
+        f"0,{whole}": no_face,  # and no usage
+        f"0,{whole},Later": "has the split 'Later'",
+    }
+    for row, message in faults.items():
+        (tmp_path / "fer2013.csv").write_text("\n".join([*lines, row]))
+        with pytest.raises(DataError, match=rf"fer2013\.csv row 6 {message}"):
+            prepare(tmp_path / "fer2013.csv", tmp_path / "out2")
+    (tmp_path / "faces.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    with pytest.raises(DataError, match="has 2 images of angry, .*too few"):  # no usage: split here
+        prepare(tmp_path / "faces.csv", tmp_path / "out2")
 
 
 # --- images and output --------------------------------------------------------------------------
@@ -455,15 +562,20 @@ def test_reference_is_relative_where_the_output_lies_above(tmp_path: Path) -> No
 @pytest.mark.parametrize("images", ["copy", "link"])
 def test_images_can_be_brought_along(tmp_path: Path, images: str) -> None:
     root = class_tree(tmp_path / "set", cat=30, dog=30)
-    stats = prepare(root, tmp_path / "out", images=images)
+    stats = prepare(root, tmp_path / "out", "--images", images)
     assert stats["images_root"] == "."
     for table in tables(tmp_path / "out").values():
         for path in table["path"]:
             brought = tmp_path / "out" / path
             assert brought.is_symlink() == (images == "link")
             assert brought.read_bytes() == (root / path.removeprefix("images/")).read_bytes()
-    again = prepare(root, tmp_path / "out", images=images)  # its own images may be replaced
-    assert again == stats
+    (tmp_path / "out/images/stale.png").write_text("of an earlier set")
+    with pytest.raises(DataError, match="images exists; add --overwrite to replace it"):
+        prepare(root, tmp_path / "out", "--images", images)
+    assert (tmp_path / "out/images/stale.png").is_file()
+    assert prepare(root, tmp_path / "out", "--images", images, "--overwrite") == stats
+    assert not (tmp_path / "out/images/stale.png").exists()
+    assert len(list((tmp_path / "out/images").rglob("*.png"))) == 60
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "images", "label_map.json", "stats.json", "test.csv", "train.csv", "val.csv"
     ]  # fmt: skip
@@ -473,19 +585,19 @@ def test_images_are_not_copied_into_or_over_themselves(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "set", cat=30, dog=30)
     for output in (root, root / "out", tmp_path):
         with pytest.raises(DataError, match="lie in one another"):
-            prepare(root, output, images="copy")
+            prepare(root, output, "--images", "copy")
     class_tree(tmp_path / "out" / "images", cat=1)
-    with pytest.raises(DataError, match="was not written by this command"):
-        prepare(root, tmp_path / "out", images="link")
+    with pytest.raises(DataError, match="images exists; add --overwrite"):
+        prepare(root, tmp_path / "out", "--images", "link")
     assert (tmp_path / "out/images/cat/000.png").is_file()
 
 
 def test_copies_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = class_tree(tmp_path / "set", cat=30, dog=30)
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="0.0 GB are free"):
-        prepare(root, tmp_path / "out", images="copy")
+        prepare(root, tmp_path / "out", "--images", "copy")
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
@@ -501,10 +613,29 @@ def test_another_set_is_only_replaced_when_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds another data set already \(label_map.*--overwrite"):
         prepare(two, out)
     assert everything(out) == before
-    prepare(two, out, overwrite=True)
+    prepare(two, out, "--overwrite")
     assert list(json.loads((out / "label_map.json").read_text())) == ["ape", "bee"]
     assert (out / "notes.txt").read_text() == "mine"
-    assert not [p for p in out.iterdir() if p.name.startswith(".prepare")]
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".prepare")]
+
+
+def test_an_output_that_is_linked_to_another_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.symlink_to(disk)
+    replace = Path.replace
+
+    def replace_on_one_disk(self: Path, target: Path) -> Path:
+        if len({path.resolve().is_relative_to(disk) for path in (self, target)}) > 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_on_one_disk)
+    prepare(class_tree(tmp_path / "set", cat=30, dog=30), out)
+    assert out.is_symlink()
+    assert (disk / "train.csv").is_file()
 
 
 def test_an_interrupted_overwrite_never_leaves_a_mixture(
@@ -522,7 +653,7 @@ def test_an_interrupted_overwrite_never_leaves_a_mixture(
 
     monkeypatch.setattr(Path, "replace", fail_third)
     with pytest.raises(OSError, match="disk is gone"):
-        prepare(class_tree(tmp_path / "two", ape=30, bee=30), out, overwrite=True)
+        prepare(class_tree(tmp_path / "two", ape=30, bee=30), out, "--overwrite")
     with pytest.raises(DataError, match=r"lacks train\.csv"):
         listed(make_config({"DATA_ROOT": str(out)}))
 
@@ -548,20 +679,39 @@ def test_stats_describe_the_images(tmp_path: Path) -> None:
     assert "train/b/broken.jpg" in tables(tmp_path / "out")["train"]["path"].tolist()
     assert stats["synthetic"] is False
     assert stats["source"] == f"class folders: {root}"
-    assert "image_sizes" not in prepare(root, tmp_path / "fast", sizes=False)
+    assert "image_sizes" not in prepare(root, tmp_path / "fast", "--no-sizes")
 
 
 # --- the command line ---------------------------------------------------------------------------
 
 
-def test_overrides_name_only_what_is_needed(tmp_path: Path) -> None:
-    home = project_root()
-    assert overrides_for(home / "data/processed/EmoSet_splits", ".") == {}
-    assert overrides_for(home / "data/x", str(home / "data/raw")) == {
-        "DATA_ROOT": "data/x",
-        "IMAGES_ROOT": "data/raw",
-    }
-    assert overrides_for(tmp_path, ".") == {"DATA_ROOT": tmp_path.as_posix()}
+def overrides(printed: str) -> Any:
+    """What the command says for the notebook's parameters cell."""
+    (line,) = [line for line in printed.splitlines() if "OVERRIDES = " in line]
+    return json.loads(line.split("OVERRIDES = ")[1])
+
+
+@pytest.mark.parametrize("kind", ["folder", "emoset", "table"])
+def test_the_set_is_written_into_the_project_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    home = tmp_path / "project"
+    (home / "work").mkdir(parents=True)
+    (home / "create_enhanced_notebook.py").write_text("")
+    monkeypatch.chdir(home / "work")
+    if kind == "emoset":
+        source, name = emoset(home / "work/e", 3), "EmoSet_splits"
+    elif kind == "folder":
+        source, name = class_tree(home / "work/pets", cat=9, dog=9), "pets"
+    else:
+        rows = [f"{label}{i}.png,{label}" for label in "xy" for i in range(9)]
+        source, name = csv_set(home / "work/in", "\n".join(["path,label", *rows])), "list"
+    given = source.relative_to(home / "work").as_posix()
+    assert command.main([given]) == 0
+    assert overrides(capsys.readouterr().out) == {"DATA_ROOT": f"data/processed/{name}"}
+    assert len(listed(make_config({"DATA_ROOT": f"data/processed/{name}"})).splits) == 3
+    assert command.main([given, "--output", str(tmp_path / "out")]) == 0
+    assert overrides(capsys.readouterr().out) == {"DATA_ROOT": (tmp_path / "out").as_posix()}
 
 
 def test_the_command_prints_the_line_for_the_notebook(tmp_path: Path) -> None:
@@ -570,7 +720,8 @@ def test_the_command_prints_the_line_for_the_notebook(tmp_path: Path) -> None:
         [
             sys.executable,
             "-m",
-            "emotion_transfer.prepare",
+            "emotion_transfer",
+            "prepare",
             str(root),
             "--output",
             "out",
@@ -578,13 +729,12 @@ def test_the_command_prints_the_line_for_the_notebook(tmp_path: Path) -> None:
             "4",
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(project_root(Path(prepare_module.__file__)))},
+        env={**os.environ, "PYTHONPATH": str(project_root(Path(command.__file__)))},
         capture_output=True,
         text=True,
         check=True,
     )
-    line = done.stdout.strip().splitlines()[-1]
-    assert json.loads(line.split("OVERRIDES = ")[1]) == {"DATA_ROOT": "out", "IMAGES_ROOT": "set"}
+    assert overrides(done.stdout) == {"DATA_ROOT": "out"}
     assert "seed 4" in done.stdout
     assert (tmp_path / "out/train.csv").is_file()
 
@@ -595,5 +745,5 @@ def test_the_command_prints_the_line_for_the_notebook(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_usage_errors(tmp_path: Path, wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path), *wrong])
+        command.main([str(tmp_path), *wrong])
     assert stopped.value.code == 2
