@@ -52,6 +52,11 @@ class Source:
     classes: Names = ()  # none: those of the training images, as ``order_of`` has them
     left_out: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Of the folder, or of the file without its suffix."""
+        return self.origin.name if self.origin.is_dir() else self.origin.stem
+
 
 def split_of(name: str) -> str:
     """train, val or test, where `name` says one of them ("seg_train", "PublicTest"), else ""."""
@@ -292,7 +297,7 @@ def write_data(
         root = Path(".")
     tables = {s: table[table[SPLIT] == s].drop(columns=[SPLIT, WHERE]) for s in SPLITS}
     stats: dict[str, Any] = {
-        "name": source.origin.stem,
+        "name": source.name,
         "source": f"{source.kind}: {source.origin}",
         "synthetic": False,
     }

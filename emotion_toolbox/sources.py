@@ -17,7 +17,7 @@ from emotion_toolbox.prepare import SPLIT, WHERE, Source, read_class_folders, sp
 from emotion_toolbox.tables import SPLITS, read_csv_records, read_table
 
 SPLIT_COLUMNS = ("split", "set", "subset", "usage", "partition", "fold")
-FER2013 = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
+FER2013 = dict(enumerate(("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")))
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 # column written -> keys in an annotation file ("scene type" in the paper, `scene` in the files)
 ATTRIBUTES = {
@@ -244,7 +244,7 @@ def read_fer2013(csv: Path) -> Source:
             label = FER2013[int(values[columns[0]])]
             pixels = np.array(values[columns[1]].split(), dtype=np.uint8).reshape(48, 48)
             split = "" if usage is None else values[usage]
-        except (ValueError, IndexError, OverflowError) as error:
+        except (ValueError, LookupError, OverflowError) as error:
             raise DataError(f"{csv} row {line} is no emotion 0 to 6 with 48 x 48 pixels") from error
         path = f"{label}/{line:05d}.png"
         (folder / label).mkdir(parents=True, exist_ok=True)

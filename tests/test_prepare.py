@@ -532,6 +532,7 @@ def test_fer2013_becomes_pictures(tmp_path: Path) -> None:
     whole, no_face = "1 " * 48 * 48, "is no emotion 0 to 6 with 48 x 48 pixels"
     faults = {
         f"7,{whole},Training": no_face,
+        f"-1,{whole},Training": no_face,
         f"0,{whole[2:]},Training": no_face,
         f"0,{whole}": no_face,  # and no usage
         f"0,{whole},Later": "has the split 'Later'",

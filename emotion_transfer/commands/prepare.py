@@ -35,8 +35,7 @@ def default_output(source: Source) -> Path:
     """Where a source is written without ``--output``."""
     if source.kind == "EmoSet-118K":
         return resolve_path(EMOSET_OUTPUT)
-    name = source.origin.stem if source.origin.suffix else source.origin.name
-    return resolve_path("data/processed") / name
+    return resolve_path("data/processed") / source.name
 
 
 def image_header(path: Path) -> tuple[int, int] | str:
