@@ -4,7 +4,7 @@ Trains pairs of runs that differ in one thing: ours augments cached images in ba
 its twin opens every file anew and augments it by torchvision's transforms on Pillow images. The
 engine, its settings, the order of the images, MixUp and CutMix are the same, and within a pair so
 are the seed and the head's first weights. DIR is a folder written by
-``python -m emotion_transfer.prepare``.
+``python -m emotion_transfer prepare``.
 
 The twin is evaluated by torchvision's Resize and CenterCrop, ours from its cache. An interrupted
 comparison goes on where it stopped if ``--work`` names the same folder.
@@ -15,14 +15,13 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -31,16 +30,18 @@ from tqdm.auto import tqdm
 
 from benchmarks.peers import Transform, usual_transform
 from benchmarks.results import describe_machine, describe_versions
-from emotion_transfer import engine
-from emotion_transfer.cache import cache_size, check_images
-from emotion_transfer.config import EnhancedConfig, make_config, parse_setting, resolve_path
-from emotion_transfer.data import Split, load_data
-from emotion_transfer.engine import Trainer, fit
+from emotion_toolbox.batches import Batch, EmotionDataset
+from emotion_toolbox.device import choose_device, precision, seed_everything
+from emotion_toolbox.files import resolve_path
+from emotion_toolbox.sample import load_data
+from emotion_toolbox.settings import parse_setting
+from emotion_toolbox.tables import Split
+from emotion_transfer.commands.train import open_data
+from emotion_transfer.config import EnhancedConfig, cache_size, make_config
+from emotion_transfer.engine import Augment, Trainer, fit
 from emotion_transfer.evaluation import predict
-from emotion_transfer.loader import Batch, EmotionDataset, make_datasets
-from emotion_transfer.model import BACKBONES, EmotionClassifier, build_model
-from emotion_transfer.precision import choose_device, precision
-from emotion_transfer.seeding import seed_everything
+from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
+from emotion_transfer.model import EmotionClassifier, build_model
 
 ARMS = ("ours", "torchvision")
 PLACES = ("DATA_ROOT", "IMAGES_ROOT", "CACHE_DIR", "OUTPUT_ROOT")  # of no interest elsewhere
@@ -55,24 +56,20 @@ def open_images(split: Split, positions: Sequence[int], transform: Transform) ->
     return torch.stack(images).contiguous(memory_format=torch.channels_last)
 
 
-@contextmanager
-def torchvision_augmentation(split: Split, cfg: EnhancedConfig) -> Iterator[None]:
-    """Let the engine train on images that are opened and augmented by torchvision."""
-    transform, original = usual_transform(cfg), engine.augment_batch
-    positions: list[int] = []
+def torchvision_augmentation(cfg: EnhancedConfig) -> Augment:
+    """What ``augment_batch`` does, with images that torchvision opens and augments one by one."""
+    transform = usual_transform(cfg)
 
-    def augment_batch(trainer: Trainer, batch: Batch, *place: int) -> tuple[Tensor, Tensor]:
-        positions[:] = batch.positions.tolist()
-        return original(trainer, batch, *place)
+    def augment(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        opened = open_images(trainer.train.split, batch.positions.tolist(), transform)
+        images = opened.to(trainer.device)
+        targets = F.one_hot(batch.labels, len(trainer.loss.weight)).to(images.dtype)
+        if mixing_active(cfg, epoch):
+            mixing = draw_mixing(cfg, epoch, step * cfg.BATCH_SIZE, len(batch.labels))
+            images, targets = mix_images(images, mixing), mix_targets(targets, mixing)
+        return images, targets
 
-    def apply_augmentation(images: Tensor, *_: Any) -> Tensor:
-        return open_images(split, positions, transform).to(images.device)
-
-    with (
-        mock.patch.object(engine, "augment_batch", augment_batch),
-        mock.patch.object(engine, "apply_augmentation", apply_augmentation),
-    ):
-        yield
+    return augment
 
 
 @torch.no_grad()
@@ -80,7 +77,7 @@ def torchvision_accuracy(
     cfg: EnhancedConfig, model: EmotionClassifier, dataset: EmotionDataset, amp: str
 ) -> float:
     """Accuracy on images that torchvision opened, resized, cropped and normalised."""
-    spec = BACKBONES[cfg.MODEL_NAME]
+    spec = model.spec
     transform = v1.Compose([
         v1.Resize(cache_size(cfg)), v1.CenterCrop(cfg.IMG_SIZE),
         v1.ToTensor(), v1.Normalize(spec.mean, spec.std),
@@ -102,12 +99,13 @@ def train_arm(
     """Test accuracy in percent of one run."""
     seed_everything(cfg.SEED)
     model = build_model(cfg, len(datasets["train"].classes))
+    test = datasets["test"]
     if arm == "ours":
-        result = fit(cfg, model, datasets, folder)
-        return 100 * predict(cfg, model, datasets["test"], amp=result.amp).accuracy
-    with torchvision_augmentation(datasets["train"].split, cfg):
-        result = fit(cfg, model, datasets, folder)
-    return 100 * torchvision_accuracy(cfg, model, datasets["test"], result.amp)
+        amp = fit(cfg, model, datasets, folder).amp
+        found = predict(model, test, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=amp)
+        return 100 * found.accuracy
+    amp = fit(cfg, model, datasets, folder, torchvision_augmentation(cfg)).amp
+    return 100 * torchvision_accuracy(cfg, model, test, amp)
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> dict[str, float | None]:
@@ -134,8 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def compare(cfg: EnhancedConfig, seeds: int, work: Path) -> dict[str, Any]:
     """Accuracies of both arms for every seed, and the interval of their difference."""
-    checked = check_images(cfg, load_data(cfg))
-    datasets = make_datasets(cfg, checked)
+    _, datasets = open_data(cfg, load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT))
     found: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with tqdm(total=seeds * len(ARMS), desc="runs", unit="run") as bar:
         for seed in range(seeds):
@@ -162,12 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = make_config({
             "MODEL_NAME": "efficientnet_lite0", "IMG_SIZE": 112, "EPOCHS": 8, "WARMUP_EPOCHS": 1,
             "LR_BACKBONE": 3e-4, "MIX_OFF_EPOCHS": 2, "AUDIT": False,
-            **dict(map(parse_setting, args.set)),
+            **dict(parse_setting(EnhancedConfig, text) for text in args.set),
             "DATA_ROOT": str(args.data), "CACHE_DIR": str(work / "cache"),
         })  # fmt: skip
         result = compare(cfg, args.seeds, work)
     result |= {
-        "machine": describe_machine(choose_device(cfg)), "versions": describe_versions(),
+        "machine": describe_machine(choose_device(cfg.DEVICE)), "versions": describe_versions(),
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,12 +1,11 @@
 """Part "epoch": whole epochs, from files or cache to the last step."""
 
-import threading
+import math
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -15,22 +14,22 @@ from benchmarks.peers import UsualNotebook
 from benchmarks.pictures import cached_dataset, make_files, make_split, repeat_files
 from benchmarks.plan import SOURCES, Plan
 from benchmarks.settings import bench_config
-from emotion_transfer import engine
-from emotion_transfer.cache import cache_size
-from emotion_transfer.engine import Progress, Saver, Trainer, begin_epoch, make_trainer, train_epoch
-from emotion_transfer.loader import (
+from emotion_toolbox.batches import (
     Batch,
     EmotionDataset,
     batch_slices,
     fetch_ahead,
-    make_loader,
     training_order,
 )
+from emotion_toolbox.cache import Positions
+from emotion_toolbox.device import set_deterministic
+from emotion_toolbox.keeper import Keeper, Progress
+from emotion_transfer.config import cache_size
+from emotion_transfer.engine import Trainer, train_epoch
 from emotion_transfer.model import build_model
-from emotion_transfer.seeding import set_deterministic
 
 SOURCE = "500x375"
-BatchSource = Callable[[Any, torch.device], Generator[Batch, None, None]]
+BatchSource = Callable[[Sequence[Positions]], Generator[Batch, None, None]]
 
 
 class WaitMeter:
@@ -44,7 +43,7 @@ class WaitMeter:
         """A point on the device's own time line, or on ours where the CPU is the device."""
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -64,68 +63,54 @@ class WaitMeter:
         synchronise(self.device)
         pairs = self.marks[1:]
         if self.cuda:
-            return sum(a.elapsed_time(b) for a, b in pairs) / 1000
-        return sum(b - a for a, b in pairs)
-
-
-@contextmanager
-def batches_from(source: BatchSource) -> Generator[None, None, None]:
-    """Let the engine take its batches from `source` instead of ``fetch_ahead``."""
-    with mock.patch.object(engine, "fetch_ahead", source):
-        yield
-
-
-class NoSaving(Saver):
-    """A saver that is never due."""
-
-    def __init__(self) -> None:
-        pass
-
-    def due(self) -> bool:
-        return False
+            return float(sum(a.elapsed_time(b) for a, b in pairs)) / 1000
+        return float(sum(b - a for a, b in pairs))
 
 
 class OurEpochs:
     """The engine's own epochs, from the cache or from batches that lie on the device already."""
 
-    def __init__(self, trainer: Trainer, dataset: EmotionDataset) -> None:
+    def __init__(self, trainer: Trainer, dataset: EmotionDataset, folder: Path) -> None:
         self.trainer, self.dataset = trainer, dataset
-        self.saver = NoSaving()
+        self.keeper = Keeper(folder, math.inf)  # which never finds a checkpoint due
         self.epochs = {"cache": 0, "resident": 0}  # so that both see the same epochs
         self.waits: list[float] = []
-        cfg = trainer.cfg
-        slices = batch_slices(training_order(cfg, dataset.split.labels, 0), cfg.BATCH_SIZE)
-        kept = make_loader(dataset, slices[:8], pin=False)  # used in turn, to save memory
-        self.resident = list(fetch_ahead(kept, trainer.device))
+        kept = self._slices(0)[:8]  # used in turn, to save memory
+        self.resident = list(fetch_ahead(dataset, kept, trainer.device))
 
-    def _epoch(self, kind: str) -> float:
+    def _slices(self, epoch: int) -> list[Positions]:
+        size, labels = self.trainer.cfg.BATCH_SIZE, self.dataset.split.labels
+        order = training_order(labels, size, seed=self.trainer.cfg.SEED, epoch=epoch)
+        return batch_slices(order, size)
+
+    def _epoch(self, kind: str, source: BatchSource) -> float:
         progress = Progress(epoch=self.epochs[kind])
         self.epochs[kind] += 1
-        self.trainer.meter.zero_()
+        self.trainer.meter.sums.zero_()
         synchronise(self.trainer.device)
         start = time.perf_counter()
-        train_epoch(self.trainer, self.dataset, progress, self.saver, threading.Event())
+        slices = self._slices(progress.epoch)
+        with closing(source(slices)) as batches:
+            train_epoch(self.trainer, batches, len(slices), progress, self.keeper)
         synchronise(self.trainer.device)
         return progress.step * self.trainer.cfg.BATCH_SIZE / (time.perf_counter() - start)
 
     def from_cache(self) -> float:
         """Images a second of a whole epoch, first batch included; notes the share of waiting."""
-        meter = WaitMeter(self.trainer.device)
+        meter, device = WaitMeter(self.trainer.device), self.trainer.device
         start = time.perf_counter()
-        with batches_from(lambda loader, device: meter.watch(fetch_ahead(loader, device))):
-            rate = self._epoch("cache")
+        rate = self._epoch("cache", lambda s: meter.watch(fetch_ahead(self.dataset, s, device)))
         self.waits.append(100 * meter.seconds() / (time.perf_counter() - start))
         return rate
 
     def from_device(self) -> float:
         """Images a second of the same epoch where batches lie on the device."""
 
-        def source(loader: Any, device: torch.device) -> Generator[Batch, None, None]:
-            for step in range(len(loader)):
+        def source(slices: Sequence[Positions]) -> Generator[Batch, None, None]:
+            for step in range(len(slices)):
                 yield self.resident[step % len(self.resident)]
 
-        with batches_from(source):
-            return self._epoch("resident")
+        return self._epoch("resident", source)
 
 
 def make_usual(
@@ -149,9 +134,8 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
     split = make_split(repeat_files(work / "epoch", source, plan.epoch_steps * plan.epoch_batch))
     dataset = cached_dataset(split, work / "cache-epoch", cache_size(cfg), cores())
     usual = make_usual(plan, device, source, work)
-    trainer = make_trainer(cfg, build_model(cfg, len(dataset.classes)), dataset)
-    begin_epoch(trainer, 0)
-    ours = OurEpochs(trainer, dataset)
+    trainer = Trainer(cfg, build_model(cfg, len(dataset.classes)), dataset)
+    ours = OurEpochs(trainer, dataset, work / "checkpoints")
     paths: dict[str, Callable[[], float]] = {
         "ours, from the cache": ours.from_cache,
         "ours, on resident tensors": ours.from_device,

@@ -14,32 +14,21 @@ from benchmarks.peers import PillowDataset, preset_transform, timm_loader, usual
 from benchmarks.pictures import cached_dataset, make_files, make_split, repeated_dataset
 from benchmarks.plan import SOURCES, Plan
 from benchmarks.settings import bench_config
-from emotion_transfer.augment import (
-    AUGMENT_DRAWS,
-    ColourJitter,
-    apply_augmentation,
-    draw_augmentation,
-    jitter_colours,
-)
-from emotion_transfer.cache import cache_size
-from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.data import Split
-from emotion_transfer.loader import (
-    DecodedPixels,
-    EmotionDataset,
-    batch_slices,
-    fetch_ahead,
-    make_loader,
-)
-from emotion_transfer.model import IMAGENET_MEAN, IMAGENET_STD
-from emotion_transfer.seeding import draw_uniforms, epoch_order
+from emotion_toolbox.backbones import IMAGENET_MEAN, IMAGENET_STD
+from emotion_toolbox.batches import EmotionDataset, batch_slices, fetch_ahead
+from emotion_toolbox.cache import DecodedPixels, Positions
+from emotion_toolbox.draws import draw_uniforms, epoch_order
+from emotion_toolbox.pixels import ColourJitter, jitter_colours
+from emotion_toolbox.tables import Split
+from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
+from emotion_transfer.config import EnhancedConfig, cache_size
 
 BATCH = 32
 Work = Callable[[], int]
 
 
-def endless_batches(cfg: EnhancedConfig, length: int) -> Iterator[list[int]]:
-    """Shuffled lists of ``BATCH`` positions (fewer where there are fewer), epoch after epoch."""
+def endless_batches(cfg: EnhancedConfig, length: int) -> Iterator[Positions]:
+    """Shuffled arrays of ``BATCH`` positions (fewer where there are fewer), epoch after epoch."""
     for epoch in count():
         order = epoch_order(cfg.SEED, epoch, length)
         yield from (b for b in batch_slices(order, BATCH) if len(b) == min(BATCH, length))
@@ -57,7 +46,7 @@ def our_work(cfg: EnhancedConfig, dataset: EmotionDataset, jitter: ColourJitter 
     batches, steps = endless_batches(cfg, len(dataset)), count()
 
     def work() -> int:
-        batch = dataset.__getitems__(next(batches))
+        batch = dataset.batch(next(batches))
         if jitter is not None:
             augment(cfg, batch.images, next(steps), jitter)
         return len(batch.labels)
@@ -70,7 +59,7 @@ def pillow_work(dataset: PillowDataset, cfg: EnhancedConfig) -> Work:
     batches = endless_batches(cfg, len(dataset))
 
     def work() -> int:
-        images = torch.stack([dataset[i][0] for i in next(batches)])
+        images = torch.stack([dataset[i][0] for i in next(batches).tolist()])
         return len(images)
 
     return work
@@ -91,13 +80,12 @@ def timm_work(root: Path, size: int, files: int, *, recipe: bool) -> Work:
 def device_work(
     cfg: EnhancedConfig, dataset: EmotionDataset, device: torch.device, jitter: ColourJitter
 ) -> Work:
-    """An epoch of ours by way of the loader and its pinned copies, augmented on the device."""
+    """An epoch of ours, fetched ahead by way of pinned memory and augmented on the device."""
 
     def work() -> int:
         batches = batch_slices(epoch_order(cfg.SEED, 0, len(dataset)), cfg.BATCH_SIZE)
-        loader = make_loader(dataset, batches, pin=True)
         done = 0
-        for step, batch in enumerate(fetch_ahead(loader, device)):
+        for step, batch in enumerate(fetch_ahead(dataset, batches, device)):
             done += len(augment(cfg, batch.images, step, jitter))
         synchronise(device)
         return done

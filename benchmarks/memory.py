@@ -18,6 +18,8 @@ from benchmarks.measure import Row, make_row, peak_anonymous_memory
 from benchmarks.plan import Plan
 from benchmarks.settings import bench_config
 from benchmarks.step import our_step, precisions, random_batch, ready_trainer
+from emotion_toolbox.device import memory_advice
+from emotion_toolbox.errors import DeviceMemoryError
 
 STEPS = 3
 PARTS_OF_LARGEST = 4
@@ -42,10 +44,11 @@ def measure_steps(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     cfg = bench_config(plan, device, BATCH_SIZE=batch, ACCUMULATE=accumulate)
-    step = our_step(ready_trainer(cfg, amp), random_batch(cfg, device, batch))
-    with peak_anonymous_memory() as anonymous:
-        for _ in range(STEPS):
-            step()
+    with memory_advice(batch, accumulate, cfg.IMG_SIZE):
+        step = our_step(ready_trainer(cfg, amp), random_batch(cfg, device, batch))
+        with peak_anonymous_memory() as anonymous:
+            for _ in range(STEPS):
+                step()
     peak = torch.cuda.max_memory_allocated() if cuda else anonymous["peak"]
     return {"peak_mb": peak / 1e6, "process_mb": anonymous["peak"] / 1e6}
 
@@ -59,7 +62,7 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
         if device.type == "cuda":
             try:
                 found = measure_steps(plan, device, batch, accumulate, amp)
-            except MemoryError as error:
+            except DeviceMemoryError as error:
                 left_out.append(f"batch {batch}, {amp}: {error}")
                 continue
         else:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 
-from emotion_transfer.augment import BLUR_RADIUS, BLUR_SIGMA, CROP_RATIO, ERASE_AREA, ERASE_RATIO
+from emotion_toolbox.backbones import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
+from emotion_toolbox.device import precision
+from emotion_toolbox.pixels import BLUR_RADIUS
+from emotion_toolbox.tables import Split
+from emotion_transfer.augment import BLUR_SIGMA, CROP_RATIO, ERASE_AREA, ERASE_RATIO
 from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.data import Split
-from emotion_transfer.model import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
-from emotion_transfer.precision import precision
 
 Transform = Callable[[Image.Image], Tensor]
+TIMM: Any = timm  # most of it has no types
 
 
 class PillowDataset(Dataset[tuple[Tensor, int]]):
@@ -76,8 +78,8 @@ def timm_loader(root: Path, size: int, batch: int, *, recipe: bool) -> DataLoade
     """timm's loader over a folder of classes, in this process: its defaults, or RandAugment."""
     # no mstd: its larger magnitudes ask Pillow to posterise to 0 bits, which Pillow 13 refuses
     extra: dict[str, Any] = {"auto_augment": "rand-m9-inc1", "re_prob": 0.25} if recipe else {}
-    loader: DataLoader[Any] = timm.data.create_loader(
-        timm.data.ImageDataset(str(root)), (3, size, size), batch, is_training=True,
+    loader: DataLoader[Any] = TIMM.data.create_loader(
+        TIMM.data.ImageDataset(str(root)), (3, size, size), batch, is_training=True,
         num_workers=0, persistent_workers=False, use_prefetcher=False,
         device=torch.device("cpu"), **extra,
     )  # fmt: skip
@@ -90,15 +92,15 @@ def make_timm_step(
     """One step as timm's ``train.py`` takes it: channels_last, clipping, ModelEmaV3."""
     device = images.device
     name = {"efficientnet_lite0": "tf_efficientnet_lite0"}.get(cfg.MODEL_NAME, cfg.MODEL_NAME)
-    model = timm.create_model(name, num_classes=targets.shape[1])
+    model = TIMM.create_model(name, num_classes=targets.shape[1])
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = timm.optim.create_optimizer_v2(
+    optimizer = TIMM.optim.create_optimizer_v2(
         model, opt="adamw", lr=cfg.LR_BACKBONE, weight_decay=cfg.WEIGHT_DECAY, fused=True
     )
-    ema = timm.utils.ModelEmaV3(model, decay=cfg.EMA_DECAY)
+    ema = TIMM.utils.ModelEmaV3(model, decay=cfg.EMA_DECAY)
     network = torch.compile(model) if compiled else model
-    scaler = timm.utils.NativeScaler() if amp == "fp16" else None
-    criterion = timm.loss.SoftTargetCrossEntropy()
+    scaler = TIMM.utils.NativeScaler() if amp == "fp16" else None
+    criterion = TIMM.loss.SoftTargetCrossEntropy()
     count = 0
 
     def step() -> None:
@@ -111,7 +113,7 @@ def make_timm_step(
             scaler(loss, optimizer, clip_grad=cfg.GRAD_CLIP, parameters=model.parameters())
         else:
             loss.backward()
-            timm.utils.dispatch_clip_grad(model.parameters(), cfg.GRAD_CLIP)
+            TIMM.utils.dispatch_clip_grad(model.parameters(), cfg.GRAD_CLIP)
             optimizer.step()
         ema.update(model, step=count)
 
@@ -148,7 +150,7 @@ def make_torchvision_step(
 def torchvision_network(cfg: EnhancedConfig, classes: int) -> nn.Module:
     """The network as notebooks build it; timm's where torchvision has none of the name."""
     if cfg.MODEL_NAME == "efficientnet_lite0":
-        lite0: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=classes)
+        lite0: nn.Module = TIMM.create_model("tf_efficientnet_lite0", num_classes=classes)
         return lite0
     network: nn.Module = torchvision.models.get_model(
         cfg.MODEL_NAME, weights=None, num_classes=classes

@@ -8,9 +8,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from emotion_transfer.cache import ImageStore, build_store
-from emotion_transfer.data import Split
-from emotion_transfer.loader import EmotionDataset, MappedPixels
+from emotion_toolbox.batches import EmotionDataset
+from emotion_toolbox.cache import MappedPixels, build_array
+from emotion_toolbox.tables import Split
 
 CLASSES = ("amusement", "awe", "contentment", "excitement", "anger", "disgust", "fear", "sadness")
 QUALITY = 92
@@ -74,7 +74,7 @@ class RepeatedPixels(MappedPixels):
         for first in range(0, count, len(small)):
             array[first : first + len(small)] = small[: count - first]
         array.flush()
-        self.array, self.kept = np.load(file, mmap_mode="r"), np.arange(count)
+        super().__init__(np.load(file, mmap_mode="r"), np.arange(count))
 
 
 def repeated_dataset(dataset: EmotionDataset, file: Path, count: int) -> EmotionDataset:
@@ -87,6 +87,5 @@ def repeated_dataset(dataset: EmotionDataset, file: Path, count: int) -> Emotion
 
 def cached_dataset(split: Split, folder: Path, side: int, threads: int) -> EmotionDataset:
     """The split's images from a cache that is built by the library."""
-    store = ImageStore(split, folder, side)
-    build_store(store, threads)
-    return EmotionDataset(split, CLASSES, MappedPixels(store, np.arange(len(split))))
+    array, _ = build_array(split, folder, side, threads)
+    return EmotionDataset(split, CLASSES, MappedPixels(array.pixels, np.arange(len(split))))

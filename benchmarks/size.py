@@ -25,8 +25,8 @@ from benchmarks.measure import (
 )
 from benchmarks.pictures import cached_dataset, make_files, make_split, repeat_files
 from benchmarks.plan import Plan
-from emotion_transfer.loader import batch_slices, fetch_ahead, make_loader
-from emotion_transfer.seeding import epoch_order
+from emotion_toolbox.batches import batch_slices, fetch_ahead
+from emotion_toolbox.draws import epoch_order
 
 SMALL_SOURCE = (160, 120)
 BATCH = 32
@@ -54,12 +54,12 @@ def measure_set(root: Path, cache: Path, side: int, reads: int) -> dict[str, Any
             order = np.concatenate([epoch_order(0, epoch, len(split)) for epoch in epochs])
             batches = batch_slices(order[:reads], BATCH)
             start, seen = time.perf_counter(), 0
-            for batch in fetch_ahead(make_loader(dataset, batches, pin=False), torch.device("cpu")):
+            for batch in fetch_ahead(dataset, batches, torch.device("cpu")):
                 seen += len(batch.labels)
             passes.append((time.perf_counter() - start) / seen)
     found["read_seconds_per_image"] = passes[1:]
     found["read_peak"] = read["peak"]
-    found["index_file"] = next(cache.glob("*.csv")).stat().st_size
+    found["index_file"] = next(cache.glob("*.npz")).stat().st_size
     return found
 
 

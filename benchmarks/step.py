@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -18,12 +16,11 @@ from benchmarks.peers import make_timm_step, make_torchvision_step
 from benchmarks.pictures import CLASSES
 from benchmarks.plan import Plan
 from benchmarks.settings import bench_config
-from emotion_transfer import engine
-from emotion_transfer.cache import cache_size
-from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.data import Split
-from emotion_transfer.engine import Trainer, begin_epoch, make_trainer, train_step
-from emotion_transfer.loader import Batch, EmotionDataset, MappedPixels
+from emotion_toolbox.batches import Batch, EmotionDataset
+from emotion_toolbox.cache import MappedPixels
+from emotion_toolbox.tables import Split
+from emotion_transfer.config import EnhancedConfig, cache_size
+from emotion_transfer.engine import Trainer, begin_epoch, train_step
 from emotion_transfer.model import build_model
 
 # What timm's step does, by our settings: all BatchNorm layers train, one linear layer on top.
@@ -32,7 +29,7 @@ STEPS_A_LOG = 20
 
 
 def random_batch(cfg: EnhancedConfig, device: torch.device, count: int) -> Batch:
-    """Random uint8 images on `device`, as the loader leaves them there."""
+    """Random uint8 images on `device`, as ``fetch_ahead`` leaves them there."""
     generator = torch.Generator().manual_seed(0)
     side = cache_size(cfg)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
@@ -48,35 +45,33 @@ class NoPixels(MappedPixels):
 
 
 def label_only_dataset(count: int) -> EmotionDataset:
-    """What ``make_trainer`` needs to know of a data set: its labels."""
+    """What a ``Trainer`` needs to know of a data set: its labels."""
     labels = np.arange(count) % len(CLASSES)
     split = Split("train", Path("train.csv"), Path(), [""] * count, labels, np.arange(count))
     return EmotionDataset(split, CLASSES, NoPixels())
 
 
-def ready_trainer(cfg: EnhancedConfig, amp: str, epoch: int = 0) -> Trainer:
-    """A trainer of ours at the beginning of `epoch`."""
-    model = build_model(cfg, len(CLASSES))
-    trainer = make_trainer(cfg, model, label_only_dataset(cfg.BATCH_SIZE * 8), amp)
-    begin_epoch(trainer, epoch)
+def ready_trainer(
+    cfg: EnhancedConfig, amp: str, prepared: tuple[Tensor, Tensor] | None = None
+) -> Trainer:
+    """A trainer of ours; with `prepared` images and targets, it does no augmentation."""
+    augment = None if prepared is None else lambda *_: prepared
+    model, train = build_model(cfg, len(CLASSES)), label_only_dataset(cfg.BATCH_SIZE * 8)
+    trainer = Trainer(cfg, model, train, amp, augment)
+    begin_epoch(trainer, 0)
     return trainer
 
 
-def our_step(
-    trainer: Trainer, batch: Batch, prepared: tuple[Tensor, Tensor] | None = None, epoch: int = 0
-) -> Callable[[], None]:
-    """``train_step`` on `batch`; with `prepared` images and targets, without the augmentation."""
+def our_step(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+    """``train_step`` on `batch`, over and over."""
     number = -1
 
     def step() -> None:
         nonlocal number
         number = (number + 1) % 1000
-        with ExitStack() as stack:
-            if prepared is not None:
-                stack.enter_context(mock.patch.object(engine, "augment_batch", lambda *_: prepared))
-            train_step(trainer, batch, epoch, number, 1000)
+        train_step(trainer, batch, 0, number, 1000)
         if number % STEPS_A_LOG == 0:
-            trainer.meter.tolist()  # as the epoch does
+            trainer.meter.read()  # as the epoch does
 
     return step
 
@@ -92,13 +87,13 @@ def make_steps(plan: Plan, device: torch.device, amp: str, compiled: bool) -> di
     targets = F.one_hot(batch.labels, len(CLASSES)).float()
     prepared = images, targets
     steps: dict[str, Callable[[], None]] = {
-        "ours, as timm's": our_step(ready_trainer(same, amp), batch, prepared),
+        "ours, as timm's": our_step(ready_trainer(same, amp, prepared), batch),
         "timm": make_timm_step(same, images, targets, amp, compiled=compiled),
         "torchvision": make_torchvision_step(
             same, images, batch.labels, len(CLASSES), amp, compiled=compiled
         ),
         "ours, as it ships, without augmentation": our_step(
-            ready_trainer(ours, amp), batch, prepared
+            ready_trainer(ours, amp, prepared), batch
         ),
         "ours, as it ships": our_step(ready_trainer(ours, amp), batch),
     }

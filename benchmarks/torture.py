@@ -33,23 +33,24 @@ from PIL import Image
 
 from benchmarks.measure import synchronise
 from benchmarks.results import describe_machine
-from emotion_transfer.augment import AUGMENT_DRAWS, draw_augmentation
-from emotion_transfer.cache import check_images
-from emotion_transfer.checkpoint import (
-    CheckpointError,
+from emotion_toolbox.batches import Batch, EmotionDataset
+from emotion_toolbox.draws import draw_uniforms, step_seed
+from emotion_toolbox.errors import CheckpointError
+from emotion_toolbox.keeper import (
+    Keeper,
+    Progress,
     list_checkpoints,
     load_newest,
     load_verified,
-    save_checkpoint,
 )
+from emotion_toolbox.report import software_versions
+from emotion_toolbox.sample import load_data
+from emotion_transfer.augment import AUGMENT_DRAWS, draw_augmentation
+from emotion_transfer.commands.train import open_data
 from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.data import load_data
-from emotion_transfer.engine import Progress, begin_epoch, fit, make_trainer, snapshot, train_step
-from emotion_transfer.loader import Batch, make_datasets
+from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
 from emotion_transfer.mixing import draw_mixing
 from emotion_transfer.model import build_model
-from emotion_transfer.report import software_versions
-from emotion_transfer.seeding import draw_uniforms, step_seed
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = {"images_per_second", "seconds", "memory_mb"}
@@ -98,13 +99,16 @@ def settings(where: Where, data: Path, folder: Path, model: str, every: float) -
     })  # fmt: skip
 
 
+def load_datasets(cfg: EnhancedConfig) -> dict[str, EmotionDataset]:
+    """The three splits, decoded and cached as `cfg` says."""
+    return open_data(cfg, load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT))[1]
+
+
 def run_once(cfg: EnhancedConfig) -> None:
     """Cache, train and validate as `cfg` says, or go on where a killed run was."""
     torch.set_num_threads(1)
-    checked = check_images(cfg, load_data(cfg))
-    datasets = make_datasets(cfg, checked)
-    model = build_model(cfg, len(checked.data.classes))
-    fit(cfg, model, datasets, checkpoints_of(cfg))
+    datasets = load_datasets(cfg)
+    fit(cfg, build_model(cfg, len(CLASSES)), datasets, checkpoints_of(cfg))
 
 
 def checkpoints_of(cfg: EnhancedConfig) -> Path:
@@ -136,7 +140,7 @@ def final_state(cfg: EnhancedConfig) -> dict[str, Any]:
 
 
 def identical(a: Any, b: Any) -> bool:
-    """Whether two nested states agree to the last bit."""
+    """Whether two nested states agree to the last bit; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
         same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
         return same and torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
@@ -144,7 +148,7 @@ def identical(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(identical, a, b))
-    return bool(a == b)
+    return bool(a == b or (a != a and b != b))
 
 
 def kill_until_done(
@@ -156,7 +160,7 @@ def kill_until_done(
     """
     kills = 0
     while True:
-        changed = {"NUM_WORKERS": rng.randrange(4), "CACHE": rng.random() < 0.7}
+        changed: dict[str, Any] = {"NUM_WORKERS": rng.randrange(4), "CACHE": rng.random() < 0.7}
         pid = in_child(partial(run_once, dataclasses.replace(cfg, **changed)), log)
         deadline = time.monotonic() + rng.uniform(0.02, span)
         while True:
@@ -185,7 +189,7 @@ def torture_kills(
         raise RuntimeError((work / "reference.log").read_text())
     seconds = time.monotonic() - begun
     expected = final_state(reference)
-    result = {
+    result: dict[str, Any] = {
         "model": model, "kills": 0, "runs": 0, "lost": 0, "bit_identical": 0, "seconds": seconds,
     }  # fmt: skip
     while result["kills"] < wanted:
@@ -248,10 +252,10 @@ def measure_overhead(where: Where, work: Path) -> dict[str, float]:
         "EPOCHS": 2, "WARMUP_EPOCHS": 0, "BALANCE": "none",
         "DEVICE": where.device, "AMP": where.amp,
     })  # fmt: skip
-    datasets = make_datasets(cfg, check_images(cfg, load_data(cfg)))
-    trainer = make_trainer(cfg, build_model(cfg, len(CLASSES)), datasets["train"])
+    datasets = load_datasets(cfg)
+    trainer = Trainer(cfg, build_model(cfg, len(CLASSES)), datasets["train"])
     begin_epoch(trainer, 0)
-    found = datasets["train"].__getitems__(list(range(32)))
+    found = datasets["train"].batch(range(32))
     batch = Batch(*(tensor.to(trainer.device) for tensor in found))
 
     def seeding() -> None:
@@ -265,11 +269,11 @@ def measure_overhead(where: Where, work: Path) -> dict[str, float]:
 
     step = median_seconds(step_done, 7)
     drawing = median_seconds(seeding, 50)
-    folder = work / "sizes"
+    folder = checkpoints_of(cfg)
+    keeper = Keeper(folder, cfg.CHECKPOINT_EVERY, keep=1)
+    keeper.begin(cfg, datasets)
     gc.collect()
-    saving = median_seconds(
-        lambda: save_checkpoint(folder, snapshot(trainer, Progress(), datasets), 1), 5
-    )
+    saving = median_seconds(lambda: keeper.save(trainer, Progress()), 5)
     seed_share = 100 * drawing / step
     save_share = 100 * saving / EnhancedConfig().CHECKPOINT_EVERY
     return {

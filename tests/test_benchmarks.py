@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, epoch, input_path, memory, size
+from benchmarks import accuracy, epoch, input_path, memory, size, torture
 from benchmarks.figure import save_figure
 from benchmarks.measure import interleave, make_row, peak_anonymous_memory, rate_for
 from benchmarks.pictures import make_files, make_split, repeat_files
 from benchmarks.plan import HALVES, PARTS, QUICK, choose_plan
 from benchmarks.results import as_table, machine_slug, merge_results, summarise
-from emotion_transfer.loader import Batch
+from benchmarks.settings import bench_config
+from benchmarks.step import random_batch, ready_trainer
+from emotion_toolbox.batches import Batch
+from emotion_transfer.engine import augment_batch
 
 PROMISED = {
     "input_vs_usual_per_core", "input_vs_usual_per_core_large", "gather_vs_usual_per_core",
@@ -237,3 +240,25 @@ def test_twin_trains_on_what_torchvision_made_of_the_files(tmp_path):
     split = make_split(make_files(tmp_path, (40, 30), 4))
     images = accuracy.open_images(split, [2, 0], lambda image: torch.full((3, 2, 2), image.width))
     assert images.shape == (2, 3, 2, 2) and (images == 40).all()
+
+
+def test_twin_mixes_as_ours_does(tmp_path):
+    cpu = torch.device("cpu")
+    cfg = bench_config(QUICK, cpu, BATCH_SIZE=16, MIX_PROB=1.0, EPOCHS=4, MIX_OFF_EPOCHS=1)
+    trainer, batch = ready_trainer(cfg, "off"), random_batch(cfg, cpu, cfg.BATCH_SIZE)
+    trainer.train.split = make_split(make_files(tmp_path, (40, 30), cfg.BATCH_SIZE))
+    twin = accuracy.torchvision_augmentation(cfg)
+    for place in ((0, 0), (2, 5), (3, 0)):
+        images, targets = augment_batch(trainer, batch, *place)
+        theirs, wanted = twin(trainer, batch, *place)
+        assert theirs.shape == images.shape and theirs.dtype == images.dtype
+        assert torch.equal(targets, wanted)
+        assert bool((targets.amax(1) == 1).all()) == (place[0] == 3)
+
+
+def test_states_that_differ_in_a_bit_are_not_identical_and_nan_is_itself():
+    state = {"history": [{"rate": float("nan"), "loss": 1.0}], "model": torch.tensor([0.0, 1.0])}
+    other = {"history": [{"rate": float("nan"), "loss": 1.0}], "model": torch.tensor([0.0, 1.0])}
+    assert torture.identical(state, other)
+    assert not torture.identical(state, {**other, "model": torch.tensor([-0.0, 1.0])})
+    assert not torture.identical(state, {**other, "history": [{"rate": 0.0, "loss": 1.0}]})
