@@ -208,7 +208,7 @@ def plot_image_grid(
     return fig
 
 
-def plot_rows(rows: Mapping[str, Sequence[Picture]], title: str = "") -> Figure:
+def plot_rows(rows: Mapping[str, Pictures], title: str = "") -> Figure:
     """One labelled row of images (uint8, [H, W, 3]) per key; rows may differ in length."""
     columns, first = max(8, 0, *map(len, rows.values())), 0
     cells = [image for row in rows.values() for image in [*row, *[None] * (columns - len(row))]]
@@ -342,9 +342,7 @@ def plot_stages(table: pd.DataFrame, picture: Picture) -> Figure:
     return fig
 
 
-def plot_guesses(
-    pictures: Sequence[Picture], truth: Any, before: Any, after: Any, classes: Names
-) -> Figure:
+def plot_guesses(pictures: Pictures, truth: Any, before: Any, after: Any, classes: Names) -> Figure:
     """Pictures (uint8, [H, W, 3]), true classes [N], the answers before and after [N, C]."""
     names, titles, frames = class_labels(tuple(classes)), [], []
     for label, *guesses in zip(truth, np.asarray(before), np.asarray(after), strict=True):
@@ -356,7 +354,7 @@ def plot_guesses(
 
 
 def plot_mistakes(
-    images: Sequence[Picture], true: Any, predicted: Any, confidence: Any, classes: Names
+    images: Pictures, true: Any, predicted: Any, confidence: Any, classes: Names
 ) -> Figure:
     """Images (uint8, [H, W, 3]), if any, under *true → predicted, confidence* (indices [N])."""
     if not len(images):

@@ -21,7 +21,7 @@ from emotion_toolbox.draws import draw_uniforms
 from emotion_toolbox.figures import plot_rows
 from emotion_toolbox.pixels import denormalise
 
-alone = {
+alone: dict[str, dict[str, Any]] = {
     "as it is": {}, "crop": {"CROP_SCALE": cfg.CROP_SCALE}, "flip": {"FLIP_PROB": 1.0},
     "rotation": {"ROTATION": cfg.ROTATION}, "brightness": {"BRIGHTNESS": cfg.BRIGHTNESS},
     "contrast": {"CONTRAST": cfg.CONTRAST}, "saturation": {"SATURATION": cfg.SATURATION},

@@ -18,7 +18,7 @@ from emotion_transfer.mixing import draw_mixing, mix_images
 plain = torch.from_numpy(rows["as it is"]).permute(0, 3, 1, 2) / 255
 before = {"as it is": rows["as it is"]}
 for name, alphas in {"MixUp": (1.0, 0.0), "CutMix": (0.0, 1.0)}.items():
-    one = {"MIXUP_ALPHA": alphas[0], "CUTMIX_ALPHA": alphas[1], "MIX_PROB": 1.0}
+    one: dict[str, Any] = {"MIXUP_ALPHA": alphas[0], "CUTMIX_ALPHA": alphas[1], "MIX_PROB": 1.0}
     mixing = draw_mixing(dataclasses.replace(cfg, **one, MIX_OFF_EPOCHS=0), 0, 0, len(plain))
     mixed = mix_images(plain, mixing).mul(255).byte().permute(0, 2, 3, 1).numpy()
     before[f"{name}: own share {', '.join(f'{share:.1f}' for share in mixing.lam)}"] = mixed

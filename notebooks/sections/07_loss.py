@@ -23,5 +23,5 @@ from emotion_transfer.losses import class_weights
 # %%
 import pandas as pd
 
-weights = class_weights(train.split.labels, len(classes)).numpy().round(2)
-pd.DataFrame({"images": data.counts()["train"], "weight": weights}).T
+weight = class_weights(train.split.labels, len(classes)).numpy().round(2)
+pd.DataFrame({"images": data.counts()["train"], "weight": weight}).T

@@ -31,9 +31,9 @@ keep_figure(curves, name="training")
 # The gap at the best epoch, judged against what chance alone would give with so many pictures:
 
 # %%
-row = result.history.set_index("epoch").loc[result.best_epoch]
-clean = row["train_clean_accuracy"]
-print(gap_verdict(clean, clean - row["gap"], len(datasets["val"]), len(classes)))
+row = result.history.set_index("epoch").loc[result.best_epoch].to_dict()
+clean, gap = row["train_clean_accuracy"], row["gap"]
+print(gap_verdict(clean, clean - gap, len(datasets["val"]), len(classes)))
 
 # %% [markdown]
 # The eight test pictures again, before training and after:

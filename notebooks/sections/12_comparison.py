@@ -20,9 +20,9 @@ baselines = {name: run_baseline(name, cfg, datasets, folder) for name in cfg.BAS
 # %%
 from emotion_toolbox.figures import plot_comparison, plot_curves
 
-curves = {name: answer["curve"] for name, answer in baselines.items() if "curve" in answer}
-curves["this notebook"] = result.history["val_accuracy"]
-keep_figure(plot_curves(curves, "validation accuracy"), name="curves")
+by_epoch = {name: answer["curve"] for name, answer in baselines.items() if "curve" in answer}
+by_epoch["this notebook"] = result.history["val_accuracy"].to_numpy()
+keep_figure(plot_curves(by_epoch, "validation accuracy"), name="curves")
 
 # %% [markdown]
 # On the test pictures, read the intervals before the values. *Ours is better by* is the difference
