@@ -791,12 +791,13 @@ def test_every_suffix_is_of_a_format_that_is_read(tmp_path: Path) -> None:
 @pytest.fixture
 def fresh_formats() -> Iterator[None]:
     """Formats that are looked for anew, and are as they were afterwards."""
-    opens, suffixes = dict(Image.OPEN), dict(Image.EXTENSION)
+    opens, suffixes, kinds = dict(Image.OPEN), dict(Image.EXTENSION), list(Image.ID)
     for function in (readable_formats, image_suffixes):
         function.cache_clear()
     yield
     Image.OPEN.clear()
     Image.OPEN.update(opens)
+    Image.ID[:] = kinds
     Image.EXTENSION.clear()
     Image.EXTENSION.update(suffixes)
     for function in (readable_formats, image_suffixes):
