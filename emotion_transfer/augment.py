@@ -3,10 +3,6 @@
 # %% [markdown]
 # #### Augmentation in two halves
 #
-# Augmentation shows the network a slightly different image in every epoch, so that it cannot learn
-# the images by heart. Every change must leave the *emotion* as it was: we crop gently, turn little
-# and hardly touch the hue, because colour carries much of the mood.
-#
 # The usual way augments one image at a time on the CPU, and starves a fast GPU. Here *drawing*
 # makes a few numbers for each image, and *applying* changes the pixels of the whole batch at once,
 # wherever they lie. These are the numbers:

@@ -1,13 +1,8 @@
 """MixUp and CutMix: an image that is partly another, with a target that says so."""
 
 # %% [markdown]
-# Both show the network two images in one and ask for both answers, in proportion.
-# [**MixUp**](https://arxiv.org/abs/1710.09412) lays one image over the other, and `lam` is how
-# strong the first remains; [**CutMix**](https://arxiv.org/abs/1905.04899) pastes a rectangle of the
-# other image in, and `lam` is the share of pixels that stay. Both keep the network from being too
-# sure of itself, and help most where labels are debatable, as emotions are.
-#
-# Each image draws for itself, not the batch as a whole: whether it is mixed (`MIX_PROB`), how, and
+# One number says how an image is mixed: `lam`, in MixUp how strong the image itself remains, in
+# CutMix the share of its pixels that stay. Each image draws for itself, not the batch as a whole: whether it is mixed (`MIX_PROB`), how, and
 # how strongly. The last `MIX_OFF_EPOCHS` epochs do without, so that training ends on images like
 # those of the test.
 

@@ -1,12 +1,11 @@
 """The classifier: a pretrained backbone, a new head, and what of them trains when."""
 
 # %% [markdown]
-# The *backbone* turns an image into a vector of features. It comes with what it learnt from 1.28
-# million ImageNet photographs ([ResNet](https://arxiv.org/abs/1512.03385),
-# [EfficientNet](https://arxiv.org/abs/1905.11946)); only its last layer, ImageNet's thousand
-# classes, is taken off. The *head* in its place turns the features into one score a class. Instead
-# of one large step from 2048 features to 8 classes it halves the width twice; each step is a linear
-# map, a batch normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then half as strong.
+# The backbone is a [ResNet](https://arxiv.org/abs/1512.03385) or an
+# [EfficientNet](https://arxiv.org/abs/1905.11946). The head turns its features into one score a
+# class. Instead of one large step from 2048 features to 8 classes it halves the width twice; each
+# step is a linear map, a batch normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then
+# half as strong.
 
 # %%
 import torch
@@ -64,10 +63,9 @@ def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
 
 # %% [markdown]
 # A fresh head sends large, random gradients into the backbone and would wash out what it has learnt
-# ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the head trains alone for
-# `WARMUP_EPOCHS`; then the last stages join, whose features are the most specific
-# ([Yosinski et al. 2014](https://arxiv.org/abs/1411.1792)), and later everything. Which of the
-# three holds is a function of the epoch and nothing else, so a resumed run cannot thaw differently.
+# ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the backbone is *frozen* at first and
+# the head trains alone, for `WARMUP_EPOCHS`; then the last stages *thaw*, whose features are the
+# most specific, and later everything does. Which of the three holds is a function of the epoch and nothing else, so a resumed run cannot thaw differently.
 
 
 # %%
@@ -104,10 +102,9 @@ def set_training_mode(cfg: EnhancedConfig, model: EmotionClassifier, epoch: int)
 
 
 # %% [markdown]
-# The head starts from nothing and learns much faster (`LR_HEAD`, by default a hundred times) than
-# the backbone, which only adjusts (`LR_BACKBONE`; *discriminative fine-tuning*,
-# [Howard and Ruder 2018](https://arxiv.org/abs/1801.06146)). All parameter groups exist from the
-# first step, for groups added later confuse schedules and checkpoints. Weight decay
+# The optimiser gives head and backbone rates of their own ([Rates](#Rates) says which). All
+# parameter groups exist from the first step, for groups added later confuse schedules and
+# checkpoints. Weight decay
 # ([Loshchilov and Hutter 2019](https://arxiv.org/abs/1711.05101)) pulls weights towards zero, which
 # makes no sense for the scales and shifts of normalisation layers: these and the biases go without.
 

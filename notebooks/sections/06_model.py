@@ -11,10 +11,6 @@
 # better ([Kornblith et al. 2019](https://arxiv.org/abs/1805.08974)). That is why a few thousand
 # pictures suffice where training from nothing needs a million. [Comparison](#Comparison) trains the
 # same network from random weights too, so that you see what ImageNet is worth.
-#
-# A fresh head sends large, random gradients into the backbone and would wash out what it knows
-# ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the head trains alone at first while
-# the backbone is *frozen*; then the last stages *thaw*, and later everything does.
 
 # %%
 from emotion_transfer.model import build_model, trainable_stages

@@ -1,14 +1,11 @@
 # %% [markdown]
 # ## Rates
 #
-# *How fast does which part learn?* The head starts from nothing and learns much faster (`LR_HEAD`)
-# than the backbone, which only adjusts (`LR_BACKBONE`): *differential learning rates*
-# ([Howard and Ruder 2018](https://arxiv.org/abs/1801.06146)). Both rise linearly over the first
-# epoch and then fall along half a cosine ([Loshchilov and Hutter
-# 2017](https://arxiv.org/abs/1608.03983)). Every thaw starts a new cosine at full height, because
-# newly thawed layers have learning to do, and the last one ends exactly when training does. The
-# rate is a function of the position and of nothing else: there is no scheduler whose state could be
-# lost, rebuilt wrongly or stepped twice.
+# *How fast does which part learn?* A rate that is too high destroys what the backbone knows, one
+# that is too low learns nothing in the time there is. The head starts from nothing and learns much
+# faster (`LR_HEAD`, by default a hundred times) than the backbone, which only adjusts
+# (`LR_BACKBONE`): *differential learning rates*
+# ([Howard and Ruder 2018](https://arxiv.org/abs/1801.06146)).
 
 # %%
 from emotion_transfer.schedule import rates_at
