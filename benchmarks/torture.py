@@ -271,7 +271,7 @@ def measure_overhead(where: Where, work: Path) -> dict[str, float]:
     drawing = median_seconds(seeding, 50)
     folder = checkpoints_of(cfg)
     keeper = Keeper(folder, cfg.CHECKPOINT_EVERY, keep=1)
-    keeper.begin(cfg, datasets)
+    keeper.begin(cfg, trainer.model, datasets)
     gc.collect()
     saving = median_seconds(lambda: keeper.save(trainer, Progress()), 5)
     seed_share = 100 * drawing / step

@@ -7,7 +7,6 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,16 +19,13 @@ from emotion_toolbox.errors import ConfigError, DeviceMemoryError
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AMP_NAMES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as /proc/cpuinfo names such units
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")  # as PyTorch names them on x86 and ARM
+MEASURED: dict[tuple[int, int], str] = {}  # by parameters and size, so that baselines need not
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the numbers of mallopt's options, from malloc.h
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device called `wanted`, or with "auto" the best there is.
-
-    Raises:
-        ConfigError: for a device that this machine does not have.
-    """
+    """The device called `wanted`, or with "auto" the best; ``ConfigError`` if it is not here."""
     mps = torch.backends.mps.is_available()
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -109,23 +105,22 @@ def choose_amp(wanted: str, model: nn.Module, size: int, *, measure: bool = True
         return "bf16" if native else "fp16"
     if device.type != "cpu" or not measure or not cpu_has_bf16():
         return "off"
-    print("measuring which precision is faster here ...", flush=True)
-    images = torch.rand(8, 3, size, size).contiguous(memory_format=torch.channels_last)
-    full = min(time_step(model, images, "off") for _ in range(3))
-    half = time_step(model, images, "bf16")  # pays for set-up, yet three times as slow is no start
-    if half < 3 * full:
-        half = min(time_step(model, images, "bf16") for _ in range(2))
-    return "bf16" if full > 1.3 * half else "off"
+    key = sum(p.numel() for p in model.parameters()), size
+    if key not in MEASURED:
+        print("measuring which precision is faster here ...", flush=True)
+        images = torch.rand(8, 3, size, size).contiguous(memory_format=torch.channels_last)
+        full = min(time_step(model, images, "off") for _ in range(3))
+        half = min(time_step(model, images, "bf16") for _ in range(3))
+        MEASURED[key] = "bf16" if full > 1.3 * half else "off"
+    return MEASURED[key]
 
 
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 itself; True where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text().lower().splitlines()
-    except OSError:
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; True where PyTorch cannot tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # the oldest torch supported may lack it
         return True
-    flags = {f for line in lines if line.startswith(("flags", "features")) for f in line.split()}
-    return not flags or bool(flags & BF16_FLAGS)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(unit, False) for unit in BF16_UNITS)
 
 
 def time_step(model: nn.Module, images: Tensor, amp: str) -> float:
@@ -179,9 +174,6 @@ class SteadyScaler(GradScaler):
     So one path through a training step serves all precisions.
     """
 
-    def __init__(self, device: str) -> None:
-        super().__init__(device, init_scale=1.0)
-
     def update(self, new_scale: float | Tensor | None = 1.0) -> None:
         """Keep the scale at 1; a skipped step must not wear it down."""
         super().update(1.0)
@@ -189,7 +181,8 @@ class SteadyScaler(GradScaler):
 
 def make_scaler(device: torch.device, amp: str) -> GradScaler:
     """The scaler that training in this precision needs."""
-    return GradScaler(device.type) if amp == "fp16" else SteadyScaler(device.type)
+    steady = amp != "fp16"
+    return SteadyScaler(device.type, init_scale=1.0) if steady else GradScaler(device.type)
 
 
 @torch.no_grad()
@@ -242,17 +235,14 @@ class StatisticsGuard:
         moving = [t for layer in layers if layer.training for t in layer.buffers()]
         kinds = ([t for t in moving if t.is_floating_point() == kind] for kind in (True, False))
         self.groups = [group for group in kinds if group]
-        self.before: list[Tensor] = []
-
-    def remember(self) -> None:
-        """Note the statistics before a step."""
-        self.before = [torch.cat([t.flatten() for t in group]) for group in self.groups]
+        self.good = [torch.cat([t.flatten() for t in group]) for group in self.groups]
 
     def restore_unless(self, finite: Tensor) -> None:
-        """Put them back unless the step was `finite`."""
-        for group, old in zip(self.groups, self.before, strict=True):
-            kept = torch.where(finite, torch.cat([t.flatten() for t in group]), old)
-            parts = torch.split(kept, [t.numel() for t in group])
+        """Put back those before the last step unless it was `finite`; call it after every step."""
+        for i, group in enumerate(self.groups):
+            now = torch.cat([t.flatten() for t in group])
+            self.good[i] = torch.where(finite, now, self.good[i])
+            parts = torch.split(self.good[i], [t.numel() for t in group])
             torch._foreach_copy_(group, [p.view_as(t) for p, t in zip(parts, group, strict=True)])
 
 

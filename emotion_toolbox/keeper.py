@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,15 +38,11 @@ from emotion_toolbox.errors import (
     WeightsError,
 )
 from emotion_toolbox.files import resolve_path, write_atomically, write_text
-from emotion_toolbox.settings import changed_settings, settings_to_json
-
-T = TypeVar("T")
+from emotion_toolbox.settings import changed_settings, settings_hash, settings_to_json
 
 # name: position, the beginning of its best model's SHA-256 (or zeros), that of its own
-CHECKPOINT_NAME = re.compile(r"epoch(\d+)-step(\d+)-best([0-9a-f]{8})-([0-9a-f]{16})\.pt")
-OLD_NAME = re.compile(r"epoch\d+-step\d+-[0-9a-f]{16}\.pt")
-BEST_NAME = re.compile(r"best-epoch\d+-([0-9a-f]{16})\.pt")
-CHECKPOINT_KEYS = {"epoch", "step", "best_file", "best_score", "finished", "model", "optimizer"}
+CHECKPOINT_NAME = re.compile(r"epoch(\d+)-step(\d+)-best[0-9a-f]{8}-[0-9a-f]{16}\.pt")
+BEST_NAMES = f"best-epoch*-{16 * '[0-9a-f]'}.pt"  # a pattern for glob
 
 
 @dataclass
@@ -62,8 +58,7 @@ class Progress:
     best_file: str | None = None
     waiting: int = 0  # epochs without a better score since everything trains
     bad_streak: int = 0  # non-finite steps in a row
-    seconds: float = 0.0  # training time so far
-    epoch_seconds: float = 0.0
+    epoch_seconds: float = 0.0  # training time, so far
     finished: str = ""  # why the run ended, once it has
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -78,7 +73,6 @@ class Progress:
         speed = {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
         self.history.append({"epoch": self.epoch + 1, **figures, **speed})
         self.waiting = 0 if better else self.waiting + (patience is not None)
-        self.seconds += seconds
         self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
         if self.epoch == epochs:
             self.finished = "all epochs done"
@@ -88,10 +82,11 @@ class Progress:
     def result(self, amp: str, device: str) -> "FitResult":
         """The run summed up."""
         history = pd.DataFrame(self.history)
-        images = float((history["images_per_second"] * history["seconds"]).sum())
+        seconds = history["seconds"].sum()
+        speed = np.average(history["images_per_second"], weights=history["seconds"])
         return FitResult(
             history, self.best_epoch + 1, self.best_source, self.best_score, amp, device,
-            self.seconds, images / max(self.seconds, 1e-9), self.finished,
+            float(seconds), float(speed), self.finished,
         )  # fmt: skip
 
 
@@ -110,21 +105,13 @@ class FitResult:
     finished: str  # why it ended
 
 
-def highest_rates(rates: Callable[[int], tuple[float, float]], steps: int) -> dict[str, float]:
-    """The highest learning rates of an epoch, from those of head and backbone at each step."""
-    heads, backbones = zip(*map(rates, range(steps)), strict=True)
-    return {"lr_head": max(heads), "lr_backbone": max(backbones)}
-
-
 def epoch_line(row: Mapping[str, Any], epochs: int, best: bool) -> str:
     """An epoch in one line of at most 80 characters; `best` marks it."""
     ema = row.get("val_ema_macro_f1")
     average = f" (average {ema:.3f})" if ema is not None else ""
-    skipped = f" {row['skipped_steps']} skipped" if row["skipped_steps"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, val {row['val_loss']:.3f}, "
-        f"F1 {row['val_macro_f1']:.3f}{average}, gap {row['gap']:+.2f}"
-        f"{' *' if best else ''}{skipped}"
+        f"F1 {row['val_macro_f1']:.3f}{average}, gap {row['gap']:+.2f}{' *' if best else ''}"
     )
 
 
@@ -144,10 +131,8 @@ def save_with_digest(folder: Path, stem: str, payload: Mapping[str, Any]) -> Pat
 def load_verified(path: Path) -> dict[str, Any]:
     """Read a file of ``save_with_digest`` to the CPU; no code in it is run.
 
-    Raises:
-        CheckpointError: if its bytes do not match its name, or it holds anything but tensors and
-            plain values.
-        OSError: if it is there but cannot be read (no permission, say): that is no damage.
+    Raises ``CheckpointError`` if its bytes do not match its name or hold more than tensors and
+    plain values, ``OSError`` if it is there but cannot be read, which is no damage.
     """
     try:
         content = path.read_bytes()
@@ -156,14 +141,11 @@ def load_verified(path: Path) -> dict[str, Any]:
     if hashlib.sha256(content).hexdigest()[:16] != path.stem[-16:]:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     try:
-        payload: dict[str, Any] = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
-        )
+        return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except MemoryError:
         raise
     except Exception as error:  # a hostile pickle may raise anything
         raise CheckpointError(f"{path} holds more than tensors and plain values") from error
-    return payload
 
 
 # --- the files of a run -------------------------------------------------------------------------
@@ -172,73 +154,50 @@ def load_verified(path: Path) -> dict[str, Any]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first; raises ``OSError`` if it cannot be read."""
     names = os.listdir(folder) if folder.is_dir() else []
-    found = [(match, folder / name) for name in names if (match := CHECKPOINT_NAME.fullmatch(name))]
-    found.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2])), reverse=True)
-    return [path for _, path in found]
+    found = [match for name in names if (match := CHECKPOINT_NAME.fullmatch(name))]
+    found.sort(key=lambda match: (int(match[1]), int(match[2])), reverse=True)
+    return [folder / match[0] for match in found]
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The newest sound checkpoint in `folder`, or None where there is none at all.
 
-    One whose best model is damaged is passed over like a damaged one, while another is left.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none can be used.
+    Damaged ones are set aside, so that they count among the last no more; raises
+    ``CheckpointError`` if all are.
     """
-    refused: list[Path] = []
-    spare: tuple[int, dict[str, Any]] | None = None  # sound but for its best model
-    for path in list_checkpoints(folder):
-        payload = None
+    found = list_checkpoints(folder)
+    for number, path in enumerate(found):
         try:
-            payload = load_state(path)
-            if payload["best_file"]:
-                load_verified(folder / payload["best_file"])
+            saved = load_verified(path)
         except CheckpointError as error:
             print(f"{error}; trying the checkpoint before it")
-            if payload is not None and spare is None:
-                spare = len(refused), payload
-            refused.append(path)
             continue
-        set_aside(refused)
-        return payload
-    if spare is not None:
-        set_aside(refused[: spare[0]])
-        return forget_best(folder, spare[1])
-    if refused:
+        for damaged in found[:number]:
+            damaged.rename(damaged.with_suffix(".damaged"))
+        return forget_lost_best(folder, saved)
+    if found:
         raise CheckpointError(
-            f"all {len(refused)} checkpoints in {folder} are damaged; delete it to start anew"
-        )
-    if folder.is_dir() and (old := [n for n in os.listdir(folder) if OLD_NAME.fullmatch(n)]):
-        raise CheckpointError(
-            f"{folder / max(old)} was written by an older version, which this one does not read; "
-            "finish that run with it, or choose another RUN_NAME"
+            f"all {len(found)} checkpoints in {folder} are damaged; delete it to start anew"
         )
     return None
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """A verified checkpoint; raises ``CheckpointError`` also for other content under its name."""
-    payload = load_verified(path)
-    if not isinstance(payload, dict) or not payload.keys() >= CHECKPOINT_KEYS:
-        raise CheckpointError(f"{path} holds something else than a checkpoint")
-    return payload
+def forget_lost_best(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved`, or where its best model is damaged, that of a run without one.
 
-
-def set_aside(paths: Sequence[Path]) -> None:
-    """Rename checkpoints that cannot be used, so that they count among the last no more."""
-    for path in paths:
-        path.rename(path.with_suffix(".damaged"))
-
-
-def forget_best(folder: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """`payload` as that of a run without a best model; raises ``CheckpointError`` if it is over."""
-    if payload["finished"]:
-        raise CheckpointError(
-            f"the run in {folder} is complete but its best model {payload['best_file']} is "
-            "damaged; delete the folder to train anew"
-        )
-    print("no best model is left; training goes on, and the best of the epochs to come counts")
-    return {**payload, "best_file": None, "best_score": -math.inf}
+    Raises ``CheckpointError`` if that run is complete.
+    """
+    try:
+        if saved["best_file"]:
+            load_verified(folder / saved["best_file"])
+        return saved
+    except CheckpointError as error:
+        if saved["finished"]:
+            raise CheckpointError(
+                f"{error}, and the run is complete; delete {folder} to train anew"
+            ) from error
+        print(f"{error}; training goes on, and the best of the epochs to come counts")
+        return {**saved, "best_file": None, "best_score": -math.inf}
 
 
 def save_checkpoint(folder: Path, payload: Mapping[str, Any], keep: int) -> Path:
@@ -247,15 +206,14 @@ def save_checkpoint(folder: Path, payload: Mapping[str, Any], keep: int) -> Path
     Those are checkpoints beyond the last `keep`, and best models that none of them refers to.
     """
     best = payload["best_file"]
-    needs = best.rpartition("-")[2][:8] if best else "0" * 8
+    needs = Path(best).stem[-16:-8] if best else "0" * 8
     stem = f"epoch{payload['epoch']:03d}-step{payload['step']:06d}-best{needs}"
     path = save_with_digest(folder, stem, payload)
     found = list_checkpoints(folder)
     for old in found[keep:]:
         old.unlink(missing_ok=True)
-    needed = {match[3] for p in found[:keep] if (match := CHECKPOINT_NAME.fullmatch(p.name))}
-    for file in folder.glob("best-*.pt"):
-        if (match := BEST_NAME.fullmatch(file.name)) and match[1][:8] not in needed:
+    for file in folder.glob(BEST_NAMES):
+        if not any(f"-best{file.stem[-16:-8]}-" in kept.name for kept in found[:keep]):
             file.unlink(missing_ok=True)
     return path
 
@@ -291,32 +249,25 @@ class Resumable:
         self.meter.sums.copy_(state["meter"])
 
 
+@dataclass
 class Keeper:
-    """Keeps the run whose checkpoints lie in `folder`.
+    """Keeps the run whose checkpoints lie in `folder`."""
 
-    Args:
-        every: seconds between two checkpoints inside an epoch; `steps` likewise, or None.
-        keep: how many are kept.
-        on_error: "stop" the run where the disk refuses a checkpoint, or "continue" without it.
-        bad_steps: so many steps in a row that are not finite end the run.
-    """
-
-    def __init__(
-        self, folder: Path, every: float, steps: int | None = None, keep: int = 2,
-        on_error: str = "stop", bad_steps: int = 10,
-    ) -> None:  # fmt: skip
-        self.folder, self.every, self.steps = folder, every, steps
-        self.keep, self.on_error, self.bad_steps = keep, on_error, bad_steps
-        self.last, self.done = time.monotonic(), 0
-        self.asked = threading.Event()  # to stop
-        self.identity: dict[str, Any] = {}
+    folder: Path
+    every: float  # seconds between two checkpoints inside an epoch
+    steps: int | None = None  # and one after every so many steps of an epoch
+    keep: int = 2  # so many checkpoints
+    on_error: str = "stop"  # where the disk refuses a checkpoint, or "continue" without it
+    bad_steps: int = 10  # so many in a row that are not finite end the run
+    last: float = field(default_factory=time.monotonic, init=False)  # when it saved
+    asked: threading.Event = field(default_factory=threading.Event, init=False)  # to stop
+    identity: dict[str, Any] = field(default_factory=dict, init=False)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process out, and make Ctrl-C or the stop button wait for a step to end.
 
-        Raises:
-            ConfigError: where another process is training.
+        Raises ``ConfigError`` where another process is training.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -331,40 +282,42 @@ class Keeper:
                 "RUN_NAME"
             ) from error
 
-    def begin(self, settings: Any, datasets: Mapping[str, EmotionDataset]) -> dict[str, Any] | None:
+    def begin(
+        self, settings: Any, model: nn.Module, datasets: Mapping[str, EmotionDataset]
+    ) -> dict[str, Any] | None:
         """The newest sound checkpoint of this run, None where it is new.
 
         Whose run it is stands from now on in every checkpoint and, for people, in ``config.json``.
-
-        Raises:
-            ConfigError: if the folder holds a run with other settings, classes or images.
-            CheckpointError: if its checkpoints are all damaged.
+        Raises ``ConfigError`` if the folder holds a run with other settings, classes or images, or
+        the model was made for another; ``CheckpointError`` if its checkpoints are all damaged.
         """
-        saved = load_newest(self.folder)
-        if saved is not None:
-            refuse_other_run(changed_settings(settings, saved["config"]), saved, datasets)
         text = settings_to_json(settings)
         classes = list(datasets["train"].classes)
         data = {name: datasets[name].fingerprint() for name in ("train", "val")}
         self.identity = {"config": json.loads(text), "classes": classes, "data": data}
-        self._write(lambda: write_text(self.folder.parent / "config.json", text + "\n"))
+        saved = load_newest(self.folder)
+        if saved is not None:
+            changed = changed_settings(settings, saved["config"])
+            refuse_other_run(changed, saved, self.identity, datasets, settings.RUN_NAME == "auto")
+        refuse_other_model(model, settings, self.folder, new=saved is None)
+        with self._writing():
+            write_text(self.folder.parent / "config.json", text + "\n")
         return saved
 
     def resume(self, training: Resumable, saved: Mapping[str, Any] | None) -> Progress:
         """Bring `training` to the state `saved`, or save that of a new run; says which."""
         print(f"{device_name(training.device)}, {AMP_NAMES[training.amp]}", end="; ")
-        progress = Progress()
-        if saved is not None:
-            training.load_state_dict(saved)
-            names = (f.name for f in dataclasses.fields(Progress))
-            progress = Progress(**{name: saved[name] for name in names})
-            if progress.finished:
-                print(f"this run is complete ({progress.finished}); its best weights are loaded")
-            else:
-                print(f"resuming at epoch {progress.epoch + 1}, step {progress.step + 1}")
-        else:  # keeps the measured precision, and finds a full disk before it costs an hour
+        if saved is None:  # keeps the measured precision, and a full disk shows at once
             print("a new run")
+            progress = Progress()
             self.save(training, progress)
+            return progress
+        training.load_state_dict(saved)
+        progress = Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
+        if progress.finished:
+            print(f"this run is complete ({progress.finished}); its best weights are loaded")
+        else:
+            print(f"resuming at epoch {progress.epoch + 1}, step {progress.step + 1}")
         return progress
 
     def watch(
@@ -372,61 +325,60 @@ class Keeper:
     ) -> Iterator[tuple[int, Batch]]:
         """Yield number and batch of each step of an epoch; after each, report, and save when due.
 
-        Raises:
-            Stopped: after saving, if that was asked for.
-            DivergedError: after too many non-finite steps in a row.
+        Raises ``DivergedError`` after too many non-finite steps in a row, and what ``save`` does.
         """
         first, begun = progress.step, time.perf_counter() - progress.epoch_seconds
         unread: list[tuple[int, npt.NDArray[np.int64]]] = []
-        every, meter = len(training.meter.finite), training.meter
-        label = f"epoch {progress.epoch + 1}"
-        with tqdm(total=steps, initial=first, desc=label, unit="step", leave=False) as bar:
-            for step, batch in enumerate(batches, start=first):
+        meter, label = training.meter, f"epoch {progress.epoch + 1}"
+        with tqdm(batches, label, steps, initial=first, unit="step", leave=False) as bar:
+            for step, batch in enumerate(bar, start=first):
                 yield step, batch
                 if step == first:
                     check_gradients(training.model)
                 unread.append((step, batch.positions.numpy()))
-                progress.step, stopping = step + 1, self.asked.is_set()
-                saving = self.due() or stopping
-                if progress.step % every == 0 or progress.step == steps or saving:
+                progress.step = step + 1
+                saving = self._due(progress.step)
+                if saving or progress.step % len(meter.finite) == 0 or progress.step == steps:
                     self._report(meter.finite.tolist(), unread, training.train, progress)
                     bar.set_postfix(loss=f"{meter.read().loss:.3f}")
                 progress.epoch_seconds = time.perf_counter() - begun
-                saved = saving and self.save(training, progress)
-                bar.update()
-                if stopping:  # asked for later, the next step or the epoch's end sees to it
-                    raise stop_message(saved)
+                if saving:
+                    self.save(training, progress)
+
+    def _due(self, step: int) -> bool:
+        enough = self.steps is not None and step % self.steps == 0
+        return enough or time.monotonic() - self.last >= self.every or self.asked.is_set()
 
     def end_epoch(self, training: Resumable, progress: Progress, epochs: int) -> None:
-        """Save and report the epoch that `progress` has just left; raises ``Stopped`` if asked."""
-        saved = self.save(training, progress)
+        """Report and save the epoch that `progress` has just left; raises ``Stopped`` if asked."""
         best = progress.best_epoch == progress.epoch - 1
         print(epoch_line(progress.history[-1], epochs, best), flush=True)
-        if self.asked.is_set() and not progress.finished:
-            raise stop_message(saved)
+        self.save(training, progress)
 
-    def due(self) -> bool:
-        """Whether a checkpoint is due; asked once a step."""
-        self.done += 1
-        enough = self.steps is not None and self.done >= self.steps
-        return enough or time.monotonic() - self.last >= self.every
+    def save(self, training: Resumable, progress: Progress) -> None:
+        """Write a checkpoint and, for people, its history.
 
-    def save(self, training: Resumable, progress: Progress) -> bool:
-        """Write a checkpoint and, for people, its history; whether the checkpoint was written.
-
-        Raises:
-            CheckpointError: if it was not, and the run is to stop then.
+        Raises ``CheckpointError`` if it cannot be written and the run is to stop then, and
+        ``Stopped`` if that was asked for and there is more to train.
         """
-        self.last, self.done = time.monotonic(), 0
+        saved, self.last = False, time.monotonic()
         state = {**dataclasses.asdict(progress), **self.identity, **training.state_dict()}
-        saved = self._write(lambda: save_checkpoint(self.folder, state, self.keep))
+        with self._writing():
+            save_checkpoint(self.folder, state, self.keep)
+            saved = True
         table = self.folder.parent / "history.csv"
         try:
             if saved and progress.history:
                 write_text(table, pd.DataFrame(progress.history).to_csv(index=False))
         except OSError as error:  # the checkpoint holds the same
             tqdm.write(f"WARNING: {table} could not be written ({error})")
-        return bool(saved)
+        if self.asked.is_set() and not progress.finished:
+            if saved:
+                raise Stopped("stopped and saved; run this cell again to go on from here")
+            raise Stopped(
+                "stopped, but not saved; free some disk space and run this cell again: it goes on "
+                "from the last checkpoint"
+            )
 
     def save_best(
         self, progress: Progress, score: float, loss: float, payload: Mapping[str, Any]
@@ -435,10 +387,10 @@ class Keeper:
         better = (score, -loss) > (progress.best_score, -progress.best_loss)
         if better or progress.best_file is None:
             stem = f"best-epoch{progress.epoch:03d}"
-            payload = {**payload, "epoch": progress.epoch}
-            if path := self._write(lambda: save_with_digest(self.folder, stem, payload)):
+            with self._writing():
+                file = save_with_digest(self.folder, stem, {**payload, "epoch": progress.epoch})
                 progress.best_score, progress.best_loss = score, loss
-                progress.best_epoch, progress.best_file = progress.epoch, path.name
+                progress.best_epoch, progress.best_file = progress.epoch, file.name
                 progress.best_source = payload["source"]
 
     def load_best(self, progress: Progress) -> dict[str, Any]:
@@ -449,9 +401,11 @@ class Keeper:
             )
         return load_verified(self.folder / progress.best_file)
 
-    def _write(self, write: Callable[[], T]) -> T | None:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what to do about a disk that refuses a file, and stop or go on as `on_error` says."""
         try:
-            return write()
+            yield
         except OSError as error:
             free = ""
             with contextlib.suppress(OSError):  # the disk itself may be gone
@@ -463,7 +417,6 @@ class Keeper:
             if self.on_error == "stop":
                 raise CheckpointError(message) from error
             tqdm.write(f"WARNING: {message}. Training goes on, as ON_SAVE_ERROR says")
-            return None
 
     def _report(
         self, flags: Sequence[bool], unread: list[tuple[int, npt.NDArray[np.int64]]],
@@ -490,16 +443,6 @@ class Keeper:
         unread.clear()
 
 
-def stop_message(saved: bool) -> Stopped:
-    """What ends a run that was asked to stop, with how to go on."""
-    if saved:
-        return Stopped("stopped and saved; run this cell again to go on from here")
-    return Stopped(
-        "stopped, but not saved; free some disk space and run this cell again: it goes on from the "
-        "last checkpoint"
-    )
-
-
 @contextlib.contextmanager
 def deferred_interrupt(asked: threading.Event) -> Iterator[None]:
     """Let Ctrl-C or Jupyter's stop button set `asked`; a second one interrupts at once."""
@@ -520,26 +463,43 @@ def deferred_interrupt(asked: threading.Event) -> Iterator[None]:
 
 
 def refuse_other_run(
-    changed: Sequence[str], saved: Mapping[str, Any], datasets: Mapping[str, EmotionDataset]
-) -> None:
+    changed: Sequence[str], saved: Mapping[str, Any], now: Mapping[str, Any],
+    datasets: Mapping[str, EmotionDataset], automatic: bool,
+) -> None:  # fmt: skip
     """Raise ``ConfigError`` if settings have `changed`, or `saved` is of other classes or images.
 
-    Neither the old nor the new settings would explain the result.
+    Neither the old nor the new settings would explain the result. Says what to do where the
+    folder's name is `automatic`, or was chosen.
     """
     lines = list(changed)
-    classes = list(datasets["train"].classes)
-    if classes != saved["classes"]:
-        lines.append(f"  classes: {saved['classes']} before, {classes} now")
-    for name, fingerprint in saved["data"].items():
-        if datasets[name].fingerprint() != fingerprint:
+    if now["classes"] != saved["classes"]:
+        lines.append(f"  classes: {saved['classes']} before, {now['classes']} now")
+    for name, fingerprint in now["data"].items():
+        if saved["data"][name] != fingerprint:
             csv = datasets[name].split.csv
             lines.append(f"  the images or the labels in {csv} have changed")
+    advice = (
+        "Run the cell that makes the run's folder again: these settings have their own"
+        if automatic
+        else "Set them back to resume it, or choose another RUN_NAME to begin a new run (with "
+        "INIT_FROM to start from these weights)"
+    )
     if lines:
+        raise ConfigError("\n".join(["this run was begun with other settings:", *lines, advice]))
+
+
+def refuse_other_model(model: nn.Module, settings: Any, folder: Path, *, new: bool) -> None:
+    """Raise ``ConfigError`` if `model` was made for other settings, or a `new` run finds it used.
+
+    ``model.made_for`` is the hash of its settings and, once it trains, the folder of its run.
+    """
+    fits = settings_hash(settings), *(() if new else (str(folder),))
+    if getattr(model, "made_for", None) not in (None, *fits):
         raise ConfigError(
-            "this run was begun with other settings:\n" + "\n".join(lines) + "\n"
-            "Set them back to resume it, or choose another RUN_NAME to begin a new run (with "
-            "INIT_FROM to start from these weights)"
+            "this model was made for other settings, or has trained in another run; run the cell "
+            "that builds it again"
         )
+    model.made_for = str(folder)  # type: ignore[assignment]
 
 
 def load_initial_weights(
@@ -548,24 +508,20 @@ def load_initial_weights(
     """Load the export folder or best model `init_from` into `model`; None changes nothing.
 
     Nor is the file needed where `run_dir` holds checkpoints, for then the run goes on from those.
-
-    Raises:
-        WeightsError: if it cannot be read, or is of other classes or another network.
+    Raises ``WeightsError`` if it cannot be read, or is of other classes or another network.
     """
     if init_from is None or list_checkpoints(run_dir / "checkpoints"):
         return
     path, begin = resolve_path(init_from), f"INIT_FROM={init_from!r}"
     try:
         if path.is_dir():
-            state = load_file(path / "model.safetensors")
             about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            about["model"] = load_file(path / "model.safetensors")
         elif re.search(r"-[0-9a-f]{16}$", path.stem):
             about = load_verified(path)
-            state = about["model"]
-        else:
+        else:  # renamed, so without a checksum
             about = torch.load(path, map_location="cpu", weights_only=True)
-            state = about["model"]
-        names = list(about["classes"])
+        state, names = about["model"], list(about["classes"])
     except Exception as error:  # an unpickler may raise anything on a damaged file
         why = type(error).__name__  # torch's own text would advise to run what the file holds
         raise WeightsError(

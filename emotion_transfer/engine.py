@@ -25,7 +25,7 @@ from emotion_toolbox.device import (
     memory_advice, memory_in_use, move_average, precision, set_deterministic, void_unless,
 )  # fmt: skip
 from emotion_toolbox.draws import draw_uniforms, step_seed
-from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable, highest_rates
+from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.pixels import jitter_colours
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
@@ -125,7 +125,6 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     torch.manual_seed(step_seed(cfg.SEED, epoch, step))  # for dropout
     set_learning_rates(cfg, optimizer, epoch, step, steps)
     images, targets = trainer.augment(trainer, batch, epoch, step)
-    trainer.guard.remember()
     optimizer.zero_grad(set_to_none=True)
     loss, right = backward(trainer, images, targets)
 
@@ -215,10 +214,11 @@ def end_epoch(
     about = {"name": best.name, "classes": list(val.classes), "source": source}
     weights = {"model": best.state_dict(), **about}
     keeper.save_best(progress, found.score(cfg.MONITOR), found.loss, weights)
-    rates = partial(rates_at, cfg, epoch, steps=steps)
+    highest = np.max([rates_at(cfg, epoch, step, steps) for step in range(steps)], axis=0)
+    lr_head, lr_backbone = highest.tolist()
     row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
-           **highest_rates(rates, steps), "memory_mb": memory_in_use(trainer.device),
-           "skipped_steps": totals.skipped}  # fmt: skip
+           "lr_head": lr_head, "lr_backbone": lr_backbone, "skipped_steps": totals.skipped,
+           "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
     everything = thaw_level(cfg, epoch) == 2
     progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if everything else None)
     trainer.meter.sums.zero_()
@@ -260,7 +260,7 @@ def fit(
     when = cfg.CHECKPOINT_EVERY, cfg.CHECKPOINT_STEPS, cfg.CHECKPOINT_KEEP, cfg.ON_SAVE_ERROR
     keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS)
     with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, cfg.IMG_SIZE):
-        saved = keeper.begin(cfg, datasets)
+        saved = keeper.begin(cfg, model, datasets)
         trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
         progress = keeper.resume(trainer, saved)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emotion_toolbox.backbones import BACKBONES, batch_norms, make_backbone
+from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
 
@@ -37,6 +38,8 @@ def make_head(features: int, classes: int, dropout: float, kind: str) -> nn.Sequ
 class EmotionClassifier(nn.Module):
     """Backbone and head: normalised images [B, 3, H, W] to class scores (logits) [B, C]."""
 
+    made_for: str | None = None  # hash of its settings, so that no other run trains it by mistake
+
     def __init__(self, name: str, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.name, self.spec = name, BACKBONES[name]
@@ -58,14 +61,17 @@ def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
     torch.manual_seed(cfg.SEED)
     backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, classes, cfg.DROPOUT, cfg.HEAD)
-    return EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)
+    model = EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)
+    model.made_for = settings_hash(cfg)
+    return model
 
 
 # %% [markdown]
 # A fresh head sends large, random gradients into the backbone and would wash out what it has learnt
 # ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the backbone is *frozen* at first and
 # the head trains alone, for `WARMUP_EPOCHS`; then the last stages *thaw*, whose features are the
-# most specific, and later everything does. Which of the three holds is a function of the epoch and nothing else, so a resumed run cannot thaw differently.
+# most specific, and later everything does. Which of the three holds is a function of the epoch and
+# nothing else, so a resumed run cannot thaw differently.
 
 
 # %%

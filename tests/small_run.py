@@ -101,7 +101,7 @@ class ArrayPixels:
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
-    def gather(self, index):
+    def __getitem__(self, index):
         return self.array[index]
 
 

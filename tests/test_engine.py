@@ -37,10 +37,9 @@ from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.errors import CheckpointError, ConfigError
 from emotion_toolbox.keeper import list_checkpoints, load_verified
 from emotion_toolbox.measures import Predictions
-from emotion_toolbox.settings import settings_from_json
 from emotion_transfer import engine
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
-from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.config import EnhancedConfig, make_config
 from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
 from emotion_transfer.evaluation import predict
 from emotion_transfer.losses import class_weights
@@ -413,8 +412,7 @@ def run(cfg, folder: Path, datasets=None):
 def newest_state(folder: Path) -> dict:
     """The newest checkpoint without what no two runs share."""
     saved = load_verified(list_checkpoints(folder / "checkpoints")[0])
-    for name in ("seconds", "epoch_seconds"):
-        del saved[name]
+    del saved["epoch_seconds"]
     saved["history"] = [
         {k: v for k, v in row.items() if k not in TIMINGS} for row in saved["history"]
     ]
@@ -460,7 +458,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert row["gap"] == train.accuracy - again.accuracy
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"history.csv", "config.json"}
-    assert settings_from_json(EnhancedConfig, (tmp_path / "config.json").read_text()) == cfg
+    assert make_config(json.loads((tmp_path / "config.json").read_text())) == cfg
     states = [path.name[:19] for path in list_checkpoints(tmp_path / "checkpoints")]
     assert states == ["epoch004-step000000", "epoch003-step000000"]
 
@@ -667,7 +665,7 @@ def test_the_best_model_is_not_overwritten_by_a_worse_one_after_a_stop(tmp_path,
 @pytest.fixture
 def interrupted(tmp_path):
     """A run that stopped in its second epoch, and its configuration."""
-    cfg = small_config(tmp_path)
+    cfg = small_config(tmp_path, RUN_NAME="mine")
     stop_at_step(cfg, tmp_path, 7)
     return cfg, tmp_path
 
@@ -692,6 +690,35 @@ def test_another_setting_is_refused_by_name(interrupted, name, value):
     assert f"  {name}: {getattr(cfg, name)!r} before, {value!r} now" in shown
     assert shown.count(" before, ") == 1 and "RUN_NAME" in shown and "INIT_FROM" in shown
     assert before == {p: p.read_bytes() for p in files}
+
+
+def test_a_folder_with_an_automatic_name_is_to_be_made_again(tmp_path):
+    """Another RUN_NAME would be no help: these settings have a folder of their own."""
+    cfg = small_config(tmp_path)
+    stop_at_step(cfg, tmp_path, 7)
+    with pytest.raises(ConfigError, match="DROPOUT: 0.1 before.*\n.*folder again") as caught:
+        run(dataclasses.replace(cfg, DROPOUT=0.2), tmp_path)
+    assert "another RUN_NAME" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mixture", ["other settings", "another folder", "a lost folder"])
+def test_a_model_of_another_run_is_not_trained_on(tmp_path, mixture):
+    cfg, first = small_config(tmp_path), tmp_path / "first"
+    _, model = run(cfg, first)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    fit(cfg, model, memory_datasets(), first / "checkpoints")  # its own run: read back
+    if mixture == "other settings":
+        model, cfg = build_model(cfg, 3), dataclasses.replace(cfg, HEAD="linear")
+        weights = {name: t.clone() for name, t in model.state_dict().items()}
+    if mixture == "a lost folder":
+        shutil.rmtree(first)
+    folder = (first if mixture == "a lost folder" else tmp_path / "second") / "checkpoints"
+    with pytest.raises(
+        ConfigError, match="^this model was made for other settings.*builds it"
+    ) as e:
+        fit(cfg, model, memory_datasets(), folder)
+    assert "\n" not in str(e.value) and not list_checkpoints(folder)
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
 
 
 def test_every_changed_setting_is_named(interrupted):
@@ -795,9 +822,10 @@ def test_files_of_a_killed_process_are_cleared_away(interrupted):
 
 
 def test_a_model_that_was_trained_before_can_train_again(tmp_path):
-    """A notebook hands the same object over again; it comes back frozen from the first run."""
+    """It comes back frozen from the first run; that it is meant must be said."""
     cfg = small_config(tmp_path, AMP="auto")
     _, model = run(cfg, tmp_path / "first")
+    model.made_for = None
     fit(cfg, model, memory_datasets(), tmp_path / "second/checkpoints")
 
 
@@ -1065,7 +1093,7 @@ def test_an_interrupt_is_never_answered_without_saving(tmp_path, monkeypatch, pl
         with pytest.raises(KeyboardInterrupt, match="stopped and saved"):
             run(cfg, tmp_path / "parts")
     saved = load_verified(list_checkpoints(tmp_path / "parts" / "checkpoints")[0])
-    assert (saved["epoch"], saved["step"]) == (0, 5)  # asked at step 4, which was over
+    assert (saved["epoch"], saved["step"]) == (0, 4)  # the step that was over when it was asked
     run(cfg, tmp_path / "parts")
     run(cfg, tmp_path / "whole")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
@@ -1115,22 +1143,27 @@ def test_the_stop_button_of_jupyter(tiny_root, tmp_path):
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     folder = tmp_path / "stopped" / "checkpoints"
     kernel, client = manager.start_new_kernel()
+
+    def reply_to(asked: str) -> dict:  # after those to earlier questions
+        while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != asked:
+            pass
+        return reply["content"]
+
     try:
-        client.execute(KERNEL_SETUP.format(paths=paths, folder=str(tmp_path)))
-        assert client.get_shell_msg(timeout=120)["content"]["status"] == "ok"
-        client.execute(KERNEL_CELL)
+        setup = KERNEL_SETUP.format(paths=paths, folder=str(tmp_path))
+        assert reply_to(client.execute(setup))["status"] == "ok"
+        asked = client.execute(KERNEL_CELL)
         deadline = time.monotonic() + 60
         while not list_checkpoints(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(0.7)
         kernel.interrupt_kernel()
-        stopped = client.get_shell_msg(timeout=60)["content"]
+        stopped = reply_to(asked)
         assert stopped["ename"] == "Stopped" and len(stopped["traceback"]) == 1, stopped
         assert "stopped and saved; run this cell again to go on from here" in stopped["evalue"]
         saved = load_verified(list_checkpoints(folder)[0])
         assert (0, 0) < (saved["epoch"], saved["step"]) < (4, 0)
-        client.execute(KERNEL_CELL)
-        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+        assert reply_to(client.execute(KERNEL_CELL))["status"] == "ok"
     finally:
         client.stop_channels()
         kernel.shutdown_kernel(now=True)
