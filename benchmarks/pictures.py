@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from emotion_toolbox.batches import EmotionDataset
-from emotion_toolbox.cache import MappedPixels, build_array
+from emotion_toolbox.cache import ChosenPixels, cache_images
 from emotion_toolbox.tables import Split
 
 CLASSES = ("amusement", "awe", "contentment", "excitement", "anger", "disgust", "fear", "sadness")
@@ -66,7 +66,7 @@ def make_split(root: Path) -> Split:
     return Split("train", root / "train.csv", root, files, labels, np.arange(len(files)) + 2)
 
 
-class RepeatedPixels(MappedPixels):
+class RepeatedPixels(ChosenPixels):
     """A memory map of repeated data, too large for the processor's own cache."""
 
     def __init__(self, small: npt.NDArray[np.uint8], file: Path, count: int) -> None:
@@ -79,13 +79,13 @@ class RepeatedPixels(MappedPixels):
 
 def repeated_dataset(dataset: EmotionDataset, file: Path, count: int) -> EmotionDataset:
     """`count` images: those of the cached `dataset` over and over, in a map of their own."""
-    assert isinstance(dataset.pixels, MappedPixels)
-    pixels, rows = RepeatedPixels(dataset.pixels.array, file, count), np.arange(count)
+    rows, few = np.arange(count), dataset.pixels[np.arange(len(dataset))]
+    pixels = RepeatedPixels(few, file, count)
     split = dataset.split.select(rows % len(dataset))
     return EmotionDataset(split, dataset.classes, pixels)
 
 
 def cached_dataset(split: Split, folder: Path, side: int, threads: int) -> EmotionDataset:
     """The split's images from a cache that is built by the library."""
-    array, _ = build_array(split, folder, side, threads)
-    return EmotionDataset(split, CLASSES, MappedPixels(array.pixels, np.arange(len(split))))
+    pixels, _, _ = cache_images(split, side, threads, folder)
+    return EmotionDataset(split, CLASSES, pixels)

@@ -17,7 +17,7 @@ from benchmarks.pictures import CLASSES
 from benchmarks.plan import Plan
 from benchmarks.settings import bench_config
 from emotion_toolbox.batches import Batch, EmotionDataset
-from emotion_toolbox.cache import MappedPixels
+from emotion_toolbox.cache import ChosenPixels
 from emotion_toolbox.tables import Split
 from emotion_transfer.config import EnhancedConfig, cache_size
 from emotion_transfer.engine import Trainer, begin_epoch, train_step
@@ -37,7 +37,7 @@ def random_batch(cfg: EnhancedConfig, device: torch.device, count: int) -> Batch
     return Batch(images.to(device).permute(0, 3, 1, 2), labels.to(device), torch.arange(count))
 
 
-class NoPixels(MappedPixels):
+class NoPixels(ChosenPixels):
     """A source that is never read."""
 
     def __init__(self) -> None:

@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 
 from emotion_toolbox.backbones import BackboneSpec
 from emotion_toolbox.cache import (
+    ChosenPixels,
     DecodedData,
     PixelSource,
+    Positions,
     decode_data,
     refuse_bad_images,
     refuse_leaks,
@@ -53,16 +55,16 @@ class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
         images, labels, _ = self.batch([index])
         return images[0], labels[0]
 
-    def batch(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+    def batch(self, positions: Sequence[int] | Positions) -> Batch:
         """The images and labels at `positions`, from one indexing operation."""
         rows = np.asarray(positions, dtype=np.int64)
         # [B, S, S, 3] seen as [B, 3, S, S] is channels_last: no copy here, none on the device
-        images = torch.from_numpy(self.pixels.gather(rows)).permute(0, 3, 1, 2)
+        images = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.from_numpy(rows))
 
-    def pictures(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    def pictures(self, positions: Sequence[int] | Positions) -> npt.NDArray[np.uint8]:
         """The images at `positions` for people to look at, uint8 [N, S, S, 3]."""
-        return self.pixels.gather(np.asarray(positions, dtype=np.int64))
+        return self.pixels[np.asarray(positions, dtype=np.int64)]
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with the images, their names or their labels."""
@@ -84,16 +86,6 @@ def open_datasets(
     return decoded, make_datasets(decoded, most)
 
 
-class ChosenPixels:
-    """Some images of another source, by their `positions` there."""
-
-    def __init__(self, source: PixelSource, positions: npt.NDArray[np.int64]) -> None:
-        self.source, self.positions = source, positions
-
-    def gather(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return self.source.gather(self.positions[index])
-
-
 def make_datasets(decoded: DecodedData, most: int | None = None) -> dict[str, EmotionDataset]:
     """The train, val and test datasets over the usable images of `decoded`.
 
@@ -111,11 +103,7 @@ def make_datasets(decoded: DecodedData, most: int | None = None) -> dict[str, Em
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in so many training `images`.
-
-    Raises:
-        DataError: where there is not even one.
-    """
+    """Whole batches in so many training `images`; ``DataError`` where there is not even one."""
     steps = images // batch_size
     if steps == 0:
         raise DataError(
@@ -126,39 +114,28 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def training_order(
-    labels: npt.NDArray[np.int64],
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    balanced: bool = False,
-) -> npt.NDArray[np.int64]:
+    labels: npt.NDArray[np.int64], batch_size: int, *, seed: int, epoch: int, balanced: bool = False
+) -> Positions:
     """The images of one epoch in order, int64 [steps * batch_size]; `balanced` by class.
 
     A last incomplete batch is dropped, for BatchNorm cannot work on a single image. Raises
     ``DataError`` where there is no whole batch.
     """
     count = len(labels)
-    steps = steps_per_epoch(count, batch_size)
-    order = (
-        balanced_order(seed, epoch, labels, count) if balanced else epoch_order(seed, epoch, count)
-    )
-    return order[: steps * batch_size]
+    whole = steps_per_epoch(count, batch_size) * batch_size
+    if balanced:
+        return balanced_order(seed, epoch, labels, count)[:whole]
+    return epoch_order(seed, epoch, count)[:whole]
 
 
-def batch_slices(
-    order: npt.NDArray[np.int64], batch_size: int, first_step: int = 0
-) -> list[npt.NDArray[np.int64]]:
+def batch_slices(order: Positions, batch_size: int, first_step: int = 0) -> list[Positions]:
     """`order` cut into arrays of `batch_size` (the last may be shorter), from `first_step` on."""
     starts = range(first_step * batch_size, len(order), batch_size)
     return [order[start : start + batch_size] for start in starts]
 
 
 def fetch_ahead(
-    dataset: EmotionDataset,
-    slices: Sequence[npt.NDArray[np.int64]],
-    device: torch.device,
-    depth: int = 2,
+    dataset: EmotionDataset, slices: Sequence[Positions], device: torch.device, depth: int = 2
 ) -> Generator[Batch, None, None]:
     """The batches of `slices` on `device`, each prepared by a thread while `depth` are waiting.
 
@@ -166,7 +143,7 @@ def fetch_ahead(
     asked for, and ends with the generator.
     """
 
-    def fetch(positions: npt.NDArray[np.int64]) -> Batch:
+    def fetch(positions: Positions) -> Batch:
         images, labels, rows = dataset.batch(positions)
         if device.type == "cuda":  # from pinned memory a copy need not wait for the device
             images, labels = images.pin_memory(), labels.pin_memory()

@@ -10,19 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from emotion_toolbox.errors import ImageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
-DECODER_VERSION = 2  # raise it whenever the pixels change: older caches are then left alone
+DECODER_VERSION = 3  # raise it whenever the pixels change: older caches are then left alone
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # the texts that may hold it
-MAX_PNG_TEXT = 2**20  # bytes, unpacked; the most that Pillow takes
 
 
 @functools.cache
@@ -68,30 +66,16 @@ def bare_png(data: bytes) -> bytes:
     view, kept, start, name = memoryview(data), [memoryview(PNG_MARK)], len(PNG_MARK), b""
     while name != b"IEND":
         end = start + 12 + int.from_bytes(view[start : start + 4])
-        name, content = data[start + 4 : start + 8], view[start + 8 : end - 4]
+        name = data[start + 4 : start + 8]
         if end > len(data):
             raise ImageError(f"truncated or damaged PNG, at byte {start:,} (chunk {ascii(name)})")
         whole = zlib.crc32(view[start + 4 : end - 4]) == int.from_bytes(view[end - 4 : end])
         if name in PNG_CHUNKS and not whole:
             raise ImageError(f"damaged PNG: wrong checksum of its chunk {ascii(name)}")
-        if name in PNG_CHUNKS or (whole and may_orient(name, content)):
+        if name in PNG_CHUNKS or (whole and name == b"eXIf"):
             kept.append(view[start:end])
         start = end
     return b"".join(kept)
-
-
-def may_orient(name: bytes, content: memoryview) -> bool:
-    """Whether a chunk of a PNG may say which side is up, and is small when unpacked."""
-    if name not in (b"tEXt", b"zTXt", b"iTXt") or len(content) > MAX_PNG_TEXT:
-        return name == b"eXIf"
-    keyword, _, text = bytes(content).partition(b"\0")
-    if keyword not in PNG_ORIENTATION:
-        return False
-    if name == b"zTXt":
-        with contextlib.suppress(zlib.error):
-            unpacked = zlib.decompressobj().decompress(text[1:], MAX_PNG_TEXT)
-            return text.startswith(b"\0") and len(unpacked) < MAX_PNG_TEXT
-    return name == b"tEXt" or text.startswith(b"\0")  # not compressed, as XMP never is
 
 
 def refuse_empty_tail(data: bytes) -> None:
@@ -176,25 +160,15 @@ def centre_square(image: Image.Image, extent: tuple[float, float], size: int) ->
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
 
 
-UPRIGHT_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def turn_upright(square: Image.Image, source: Image.Image) -> Image.Image:
     """`square` as the EXIF orientation of `source` wants it seen; unreadable EXIF turns nothing.
 
-    ``ImageOps.exif_transpose`` would copy whole images and fail on broken EXIF data.
+    Of the EXIF data only that is looked at: the rest may be broken.
     """
+    square.info.clear()
     try:
-        orientation = source.getexif().get(ExifTags.Base.Orientation)
+        orientation = source.getexif().get(ExifTags.Base.Orientation, 1)
+        square.getexif()[ExifTags.Base.Orientation] = orientation
+        return ImageOps.exif_transpose(square)
     except Exception:  # the picture itself is good
         return square
-    turn = UPRIGHT_TURNS.get(orientation) if isinstance(orientation, int) else None
-    return square if turn is None else square.transpose(turn)

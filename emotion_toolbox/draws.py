@@ -21,11 +21,6 @@ def philox_words(
     seed: int, epoch: int, stream: int, first_block: int, blocks: int
 ) -> npt.NDArray[np.uint64]:
     """Random words ``[blocks, 4]`` of the given blocks (Salmon et al. 2011, Philox4x64-10)."""
-    if min(seed, epoch, stream, first_block, blocks) < 0:
-        raise ValueError(
-            f"seed={seed}, epoch={epoch}, stream={stream}, first block {first_block} and "
-            f"{blocks} blocks: none of them may be negative"
-        )
     counter = np.array([first_block, epoch, stream, 0], dtype=np.uint64)
     generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
     words = generator.random_raw(blocks * WORDS_PER_BLOCK)
@@ -33,17 +28,13 @@ def philox_words(
 
 
 def draw_uniforms(
-    seed: int,
-    epoch: int,
-    first: int,
-    count: int,
-    columns: int,
+    seed: int, epoch: int, first: int, count: int, columns: int,
     stream: int = DrawStream.AUGMENT,
-) -> npt.NDArray[np.float64]:
+) -> npt.NDArray[np.float64]:  # fmt: skip
     """Uniform numbers in [0, 1), ``[count, columns]``, of positions `first` to `first + count`.
 
     Rows depend on (seed, epoch, stream, position, columns) alone: any slice of an epoch can be
-    drawn by itself. Raises ``ValueError`` for a negative argument.
+    drawn by itself. Raises ``OverflowError`` for a negative argument.
     """
     blocks = -(-columns // WORDS_PER_BLOCK)
     words = philox_words(seed, epoch, stream, first * blocks, count * blocks)
@@ -63,10 +54,8 @@ def balanced_order(
 ) -> npt.NDArray[np.int64]:
     """`n` indices into `labels`, each drawn with a probability inverse to its class's frequency.
 
-    Classes without an image are passed over. Raises ``ValueError`` where `labels` is empty.
+    Classes without an image are passed over.
     """
-    if len(labels) == 0:
-        raise ValueError("no labels to draw a balanced order from: the split is empty")
     by_class: npt.NDArray[np.int64] = np.argsort(labels, kind="stable").astype(np.int64)
     _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
     uniforms = draw_uniforms(seed, epoch, 0, n, 2, stream=DrawStream.ORDER)

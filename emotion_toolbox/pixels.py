@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale_image
 
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as rounded by torchvision
 BLUR_RADIUS = 3  # the kernel is 7 x 7
 CPU_CHUNK = 2  # images a thread
 
@@ -41,13 +41,6 @@ def chunks(images: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, count, step))
 
 
-def mix_grey(images: Tensor) -> Tensor:
-    """The grey [B, 1, H, W] of RGB images [B, 3, H, W]."""
-    red, green, blue = torch.split(images, 1, dim=1)
-    grey = torch.add(GREY_WEIGHTS[0] * red, green, alpha=GREY_WEIGHTS[1])
-    return torch.add(grey, blue, alpha=GREY_WEIGHTS[2])
-
-
 def colour_factors(colour: Tensor, device: torch.device) -> list[Factor]:
     """The columns of `colour` [B, 4], which is on the CPU, for ``jitter_colours`` on `device`.
 
@@ -70,10 +63,10 @@ def jitter_colours(
         images = (images * brightness[:, None, None, None]).clamp_(0, 1)
     if contrast is not None:  # away from the image's mean grey, or towards it
         factor = contrast[:, None, None, None]
-        mean = mix_grey(images.mean(dim=(2, 3), keepdim=True))
+        mean = rgb_to_grayscale_image(images.mean(dim=(2, 3), keepdim=True))
         images = (images * factor).add_((1 - factor) * mean).clamp_(0, 1)
     if saturation is not None:  # away from each pixel's own grey, or towards it
-        grey = mix_grey(images)
+        grey = rgb_to_grayscale_image(images)
         images = torch.lerp(grey, images, saturation[:, None, None, None]).clamp_(0, 1)
     return images if hue is None else shift_hue(images, hue)
 

@@ -419,7 +419,7 @@ def test_the_loader_asks_for_whole_batches_at_once(tiny_config: Config) -> None:
     asked: list[npt.NDArray[np.int64]] = []
 
     class Source:
-        def gather(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        def __getitem__(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
             asked.append(index)
             return np.zeros((len(index), 8, 8, 3), np.uint8)
 

@@ -714,29 +714,6 @@ def test_an_animated_png_gives_its_first_frame() -> None:
     assert (decode_image(raw, 32) == (255, 0, 0)).all()
 
 
-def raw_profile(value: int) -> bytes:
-    """EXIF data as ImageMagick puts them into a text of a PNG."""
-    exif = orientation(value)
-    return b"\nexif\n%8d\n%s\n" % (len(exif), exif.hex().encode())
-
-
-XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-ORIENTING_TEXTS = {
-    "EXIF as text": (b"tEXt", b"Raw profile type exif\0" + raw_profile(6)),
-    "EXIF as packed text": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw_profile(6))),
-    "XMP": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
-}
-
-
-@pytest.mark.parametrize("case", ORIENTING_TEXTS)
-def test_an_orientation_in_a_text_of_a_png_is_used(case: str) -> None:
-    chunk = png_chunk(*ORIENTING_TEXTS[case])
-    upright = np.rot90(decode_image(PNG, 32), -1)
-    np.testing.assert_array_equal(decode_image(with_chunk(PNG, chunk), 32), upright)
-    ours = decode_image(with_chunk(PNG, damaged(chunk)), 32)  # then nobody knows
-    np.testing.assert_array_equal(ours, decode_image(PNG, 32))
-
-
 @pytest.mark.bad_image
 @pytest.mark.parametrize("name", [b"IHDR", b"PLTE", b"tRNS", b"IDAT"])
 def test_damage_where_it_matters_names_the_chunk(name: bytes) -> None:
