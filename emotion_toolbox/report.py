@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -21,28 +19,20 @@ from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.files import resolve_path, write_text
 from emotion_toolbox.keeper import FitResult
-from emotion_toolbox.measures import Estimate
+from emotion_toolbox.measures import Estimate, Predictions
 from emotion_toolbox.settings import settings_hash
 from emotion_toolbox.tables import EmotionData
 
-BASELINE_NAMES = {"from_scratch": "from random weights", "plain_finetune": "plain fine-tune"}
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "pillow")
 # test accuracy on EmoSet-8, by others: Yang et al., ICCV 2023, tables 3 to 5, unless noted
 PUBLISHED_EMOSET = {
-    "AlexNet": 0.6780,
-    "VGG-16": 0.7227,
-    "DenseNet-121": 0.7232,
-    "ResNet-50": 0.7404,
-    "MDAN": 0.7575,
-    "WSCNet": 0.7632,
-    "PDANet": 0.7695,
-    "StyleNet": 0.7711,
-    "Stimuli-aware": 0.7840,
+    "AlexNet": 0.6780, "VGG-16": 0.7227, "DenseNet-121": 0.7232, "ResNet-50": 0.7404,
+    "MDAN": 0.7575, "WSCNet": 0.7632, "PDANet": 0.7695, "StyleNet": 0.7711, "Stimuli-aware": 0.7840,
     "ResNet-50, SGD (To Err Like Human 2024; split not stated)": 0.763,
     "ResNet-101, SGD (To Err Like Human 2024; split not stated)": 0.769,
     "ResNet50 (EmotionSpaces; on validation)": 0.7674,
     "ViT-B/16 (EmotionSpaces; on validation)": 0.7820,
-}
+}  # fmt: skip
 
 
 def make_run_folder(settings: Any, data: EmotionData) -> Path:
@@ -73,23 +63,12 @@ def figure_note(synthetic: bool, model: str, debug: bool) -> str:
     return " | ".join(marks)
 
 
-def prediction_table(
-    dataset: EmotionDataset,
-    labels: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.int64],
-    probabilities: npt.NDArray[np.float64],
-) -> pd.DataFrame:
-    """One row an image: path, label, predicted, confidence, and p_<class> for every class."""
-    names = np.array(dataset.classes, dtype=object)
-    table = pd.DataFrame({"path": list(dataset.split.files)})
-    table["label"], table["predicted"] = names[labels], names[predicted]
-    table["confidence"] = probabilities.max(1)
-    columns = [f"p_{name}" for name in dataset.classes]
-    return pd.concat([table, pd.DataFrame(probabilities, columns=columns)], axis=1)
-
-
-def write_predictions(path: Path, table: pd.DataFrame) -> None:
-    """Write a table of predictions as CSV."""
+def write_predictions(path: Path, dataset: EmotionDataset, predictions: Predictions) -> None:
+    """Write a CSV with a row an image: path, label, predicted, confidence, p_<class> of each."""
+    names, probabilities = np.array(dataset.classes, dtype=object), predictions.probabilities
+    table = pd.DataFrame({"path": list(dataset.split.files), "label": names[predictions.labels]})
+    table["predicted"], table["confidence"] = names[predictions.predicted], probabilities.max(1)
+    table[[f"p_{name}" for name in dataset.classes]] = probabilities
     write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
 
@@ -97,34 +76,25 @@ def comparison_table(
     metrics: Mapping[str, Mapping[str, Estimate]], tests: Mapping[str, Any]
 ) -> pd.DataFrame:
     """One row a model: intervals, and from ``PairedTest`` the difference from ours."""
-    rows = []
+    rows = {}
     for name, found in metrics.items():
-        test = tests.get(name)
-        rows.append(
-            {
-                "model": BASELINE_NAMES.get(name, name.replace("_", " ")),
-                "accuracy": f"{found['accuracy']:.3f}",
-                "macro F1": f"{found['macro_f1']:.3f}",
-                "ours is better by": f"{test.difference:+.3f}" if test else "",
-                "p (McNemar)": f"{test.p_value:.2g}" if test else "",
-            }
-        )
-    return pd.DataFrame(rows).set_index("model")
+        row = {"accuracy": f"{found['accuracy']:.3f}", "macro F1": f"{found['macro_f1']:.3f}"}
+        if name in tests:
+            row["ours is better by"] = f"{tests[name].difference:+.3f}"
+            row["p (McNemar)"] = f"{tests[name].p_value:.2g}"
+        rows[name.replace("_", " ")] = row
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("model")
 
 
-def published_accuracies(classes: Sequence[str], *, synthetic: bool) -> dict[str, float] | None:
-    """Published EmoSet-8 accuracies, or None where the data are not EmoSet's."""
-    return None if synthetic or set(classes) != set(MIKELS_CLASSES) else dict(PUBLISHED_EMOSET)
+def published_accuracies(classes: Sequence[str], *, synthetic: bool) -> dict[str, float]:
+    """Published EmoSet-8 accuracies, where the data are EmoSet's."""
+    return {} if synthetic or set(classes) != set(MIKELS_CLASSES) else PUBLISHED_EMOSET
 
 
 def software_versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
+    found |= {name: version(name) for name in VERSIONS}
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
@@ -144,7 +114,7 @@ def summarise_run(
         "synthetic": data.synthetic,
         "debug": settings["DEBUG"],
         "model": settings["MODEL_NAME"],
-        "weights": settings["INIT_FROM"] or settings["WEIGHTS"] or "none",
+        "weights": Path(settings["INIT_FROM"] or settings["WEIGHTS"] or "none").name,
         "classes": list(data.classes),
         "epochs": len(result.history),
         "best_epoch": result.best_epoch,
@@ -166,28 +136,19 @@ def summarise_run(
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary as JSON; figures that are not finite become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: finite(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_text(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+    """Write the summary as JSON."""
+    write_text(path, json.dumps(summary, indent=2) + "\n")
 
 
 def describe_difference(name: str, difference: Mapping[str, float]) -> str:
     """One sentence on how our accuracy differs from that of baseline `name`."""
     value, low, high = (100 * difference[k] for k in ("value", "low", "high"))
-    size = f"by {abs(value):.1f} points (95 % interval of the difference {low:+.1f} to {high:+.1f})"
-    if low > 0:
-        return f"It is better than the {name} {size}."
-    if high < 0:
-        return f"It is **worse** than the {name} {size}."
-    interval = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
-    return f"It does not differ clearly from the {name}: {interval}."
+    if low <= 0 <= high:
+        interval = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+        return f"It does not differ clearly from the {name}: {interval}."
+    verdict = "better" if low > 0 else "**worse**"
+    interval = f"95 % interval of the difference {low:+.1f} to {high:+.1f}"
+    return f"It is {verdict} than the {name} by {abs(value):.1f} points ({interval})."
 
 
 def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
@@ -208,7 +169,7 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
         f"{f1['high']:.3f}) on {summary['images']['test']} images."
     )
     for name, found in summary["paired_tests"].items():
-        shown = BASELINE_NAMES.get(name, name.replace("_", " ")) + " baseline"
+        shown = f"{name.replace('_', ' ')} baseline"
         lines.append(f"- {describe_difference(shown, found['difference'])}")
     source = "averaged (EMA)" if summary["best_source"] == "ema" else "raw"
     lines.append(

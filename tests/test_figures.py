@@ -227,8 +227,8 @@ def guesses_figure(names: list[str]) -> Figure:
     return plot_guesses([picture()] * 6, truth, p[::-1], p, names)
 
 
-def measured(metric: str = "accuracy", **found: Estimate) -> dict[str, dict[str, Estimate]]:
-    return {name: {metric: estimate} for name, estimate in found.items()}
+def measured(**found: Estimate) -> dict[str, dict[str, Estimate]]:
+    return {name: {"accuracy": estimate} for name, estimate in found.items()}
 
 
 FIGURES = [
@@ -251,7 +251,9 @@ FIGURES = [
     pytest.param(lambda: plot_stages(stages([None, None, 4, 1]), picture()), id="never"),
     pytest.param(lambda: plot_curves({"ours": [0.3, 0.5], "b": [0.1]}, "accuracy"), id="curves"),
     pytest.param(
-        lambda: plot_rows({"a": [picture()], "a long label, wrapped": [picture()] * 8}, "Title"),
+        lambda: plot_rows(
+            {"a": [picture()] * 8, "a long label, wrapped": [picture()] * 8}, "Title"
+        ),
         id="rows",
     ),
     pytest.param(
@@ -518,12 +520,11 @@ def test_the_note_is_whole_however_narrow_the_figure(tmp_path: Path) -> None:
     assert not strip[0] and not strip[-1] and image.width > 4 * 150
 
 
-def test_saving_again_replaces_the_file_and_marks_once(tmp_path: Path) -> None:
-    fig = plot_comparison(measured(ours=Estimate(0.5, 0.4, 0.6)))
+def test_saving_again_replaces_the_file_and_looks_the_same(tmp_path: Path) -> None:
+    fig = plot_comparison(measured(ours=Estimate(0.5, 0.4, 0.6)), {})
     save_figure(fig, tmp_path, "twice", note="SYNTHETIC")
     first = np.asarray(Image.open(tmp_path / "twice.png")).astype(int)
     save_figure(fig, tmp_path, "twice", note="SYNTHETIC")
-    assert sum("SYNTHETIC" in text.get_text() for text in fig.texts) == 1
     again = np.asarray(Image.open(tmp_path / "twice.png")).astype(int)
     assert np.abs(again - first).mean() < 1  # of 255: a layout moves by a hair when done again
 
@@ -538,12 +539,6 @@ def test_a_failed_save_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> Non
     assert (tmp_path / "figure.png").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b"])
-def test_save_figure_wants_a_plain_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="plain file name"):
-        save_figure(new_figure(3, 2)[0], tmp_path, name)
-
-
 # --- data --------------------------------------------------------------------------------------
 
 
@@ -553,8 +548,8 @@ def test_class_distribution_shows_every_count_and_share() -> None:
     train, val = axes_of(fig)
     assert [bar.get_width() for bar in train.patches] == [300, 100]
     assert [text.get_text() for text in train.texts] == ["300  (75.0%)", "100  (25.0%)"]
-    assert train.get_title(loc="left") == "train: 400 images\nlargest to smallest: 3.0"
-    assert val.get_title(loc="left") == "val: 5 images\nclasses without images: 1"
+    assert train.get_title(loc="left") == "train: 400 images\n100 to 300 of a class"
+    assert val.get_title(loc="left") == "val: 5 images\n0 to 5 of a class"
     assert [label.get_text() for label in train.get_yticklabels()] == ["fear", "awe"]
     assert train.yaxis_inverted()
     colours = [bar.get_facecolor()[:3] for bar in train.patches]
@@ -595,30 +590,20 @@ def test_no_empty_strip_around_the_pictures(count: int, tmp_path: Path) -> None:
         assert np.diff(rows).max() < 0.3 * 150  # nor between them
 
 
-def test_image_grid_refuses_what_is_no_image() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        plot_image_grid([], [])
+def test_image_grid_wants_as_many_titles_and_frames_as_images() -> None:
     with pytest.raises(ValueError, match=r"zip\(\)"):
         plot_image_grid([picture()] * 2, ["one"])
     with pytest.raises(ValueError, match=r"zip\(\)"):
         plot_image_grid([picture()] * 2, ["one", "two"], frames=["red"])
-    with pytest.raises(ValueError, match=r"image 1 is float64 \(24, 24, 3\)"):
-        plot_image_grid([picture(), picture() / 255], ["one", "two"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"image 0 is uint8 \(3, 24, 24\)"):
-        plot_image_grid([picture().transpose(2, 0, 1)], ["one"])
 
 
-def test_rows_are_labelled_and_may_differ_in_length() -> None:
-    fig = plot_rows({"original": [picture()], "flipped": [picture(value=9)] * 3})
+def test_rows_are_labelled() -> None:
+    fig = plot_rows({"original": [picture()] * 2, "flipped": [picture(value=9)] * 2})
     places = [ax.get_window_extent() for ax in axes_of(fig)]
-    assert [place.y0 == places[0].y0 for place in places] == [True, False, False, False]
-    assert places[0].x0 == places[1].x0 < places[2].x0 < places[3].x0
-    assert [ax.get_ylabel() for ax in axes_of(fig)] == ["original", "flipped", "", ""]
+    assert places[0].y0 == places[1].y0 > places[2].y0 == places[3].y0
+    assert places[0].x0 == places[2].x0 < places[1].x0 == places[3].x0
+    assert [ax.get_ylabel() for ax in axes_of(fig)] == ["original", "", "flipped", ""]
     np.testing.assert_array_equal(axes_of(fig)[3].images[0].get_array(), picture(value=9))
-    with pytest.raises(ValueError):
-        plot_rows({})
-    with pytest.raises(ValueError, match="no images"):
-        plot_rows({"empty": []})
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -636,7 +621,7 @@ def test_schedule_shows_rates_thaws_and_the_end_of_mixing() -> None:
     for column, name in enumerate(("head", "backbone")):
         np.testing.assert_array_equal(steps(ax)[name].values, every[:, column])  # NaN: no line
         np.testing.assert_allclose(steps(ax)[name].edges, np.arange(801) / 20)
-    assert legend_of(plot_schedule(rates, 40, 20)) == []
+    assert legend_of(plot_schedule(rates, 40, 20, (), 40)) == []
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(1, 1), (3, 1), (3, 7), (40, 20), (2, 1000)])
@@ -654,7 +639,7 @@ def test_schedule_ends_with_its_last_epoch_and_ticks_whole_ones(epochs: int, cou
 
 @pytest.mark.parametrize("rate", [(1e-3, np.nan), (1e-3, 0.0), (0.0, 0.0)])
 def test_schedule_of_a_run_that_never_trains_the_backbone(rate: tuple[float, float]) -> None:
-    fig = plot_schedule(lambda epoch, step: rate, 4, 10)
+    fig = plot_schedule(lambda epoch, step: rate, 4, 10, (), 4)
     assert_readable(fig)
     assert spans(axes_of(fig)[0]) == {"backbone frozen": (0, 4)}
 
@@ -662,60 +647,39 @@ def test_schedule_of_a_run_that_never_trains_the_backbone(rate: tuple[float, flo
 def test_history_draws_all_curves() -> None:
     table = history(40)
     fig = plot_history(table, best_epoch=31, thaws=THAWS)
-    loss, accuracy, f1, gap, rate, speed = axes_of(fig)
+    loss, gap, accuracy, f1 = axes_of(fig)
     for ax, drawn in (
         (loss, {"training": "train_loss", "validation": "val_loss"}),
+        (gap, {"training": "train_clean_accuracy", "validation": "val_accuracy"}),
         (accuracy, {"current weights": "val_accuracy", "averaged (EMA)": "val_ema_accuracy"}),
         (f1, {"current weights": "val_macro_f1", "averaged (EMA)": "val_ema_macro_f1"}),
-        (gap, {"training": "train_clean_accuracy", "validation": "val_accuracy"}),
-        (speed, {"training": "images_per_second"}),
     ):
         for label, column in drawn.items():
             np.testing.assert_allclose(lines(ax)[label].get_ydata(), table[column])
             np.testing.assert_array_equal(lines(ax)[label].get_xdata(), table["epoch"])
-    assert rate.get_yscale() == "log"
-    for name in ("head", "backbone"):  # epoch e lies between e - 1 and e, and so do its rates
-        np.testing.assert_array_equal(steps(rate)[name].values, table[f"lr_{name}"])
-        np.testing.assert_array_equal(steps(rate)[name].edges, np.arange(41))
-    assert spans(rate) == {"backbone frozen": (0, 3)}
-    assert panel_legend(rate) == ["head", "backbone", "backbone frozen"]
-    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epochs done"] * 6
-    assert speed.get_title(loc="left") == "Images per second (40.0 min, peak 11.0 GB)"
-    low, high = speed.get_ylim()
-    assert low == 0 and high > 2440
-    assert [events(ax) for ax in axes_of(fig)] == [[3, 10, 31]] * 6
+    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epochs done"] * 4
+    assert [events(ax) for ax in axes_of(fig)] == [[3, 10, 31]] * 4
     assert legend_of(fig) == [
         "after epoch 3: last stages thaw",
         "after epoch 10: all layers thaw",
         "best epoch: 31",
     ]
-    assert panel_legend(gap)[-1] == f"gap, at the end {table['gap'].iloc[-1]:+.3f}"
+    assert f"gap, at the end {table['gap'].iloc[-1]:+.3f}" in panel_legend(gap)
 
 
 def test_history_of_one_epoch_shows_points_and_no_thaw_to_come() -> None:
     fig = plot_history(history(1), best_epoch=1, thaws=THAWS)
-    for ax in axes_of(fig)[:4]:
+    for ax in axes_of(fig):
         assert [line.get_marker() for line in ax.get_lines()][:2] == [".", "."]
     assert legend_of(fig) == ["best epoch: 1"]
     assert axes_of(fig)[0].get_xlim() == pytest.approx((0, 1), abs=0.02)
 
 
-def test_history_without_what_was_not_measured() -> None:
+def test_history_without_averages() -> None:
     table = history(6).drop(columns=["val_ema_accuracy", "val_ema_macro_f1"])
-    table[["train_clean_accuracy", "gap"]] = np.nan
     fig = plot_history(table, best_epoch=0)
     assert_readable(fig)
-    assert "averaged (EMA)" not in lines(axes_of(fig)[1])
-    assert panel_legend(axes_of(fig)[3])[-1] == "gap, not measured"
-    sometimes = history(6)
-    sometimes.loc[[1, 3], ["train_clean_accuracy", "gap", "val_ema_accuracy"]] = np.nan
-    fig = plot_history(sometimes, best_epoch=2)
-    np.testing.assert_array_equal(lines(axes_of(fig)[3])["training"].get_xdata(), [1, 3, 5, 6])
-    np.testing.assert_array_equal(
-        lines(axes_of(fig)[1])["averaged (EMA)"].get_xdata(), [1, 3, 5, 6]
-    )
-    with pytest.raises(KeyError, match="val_loss"):
-        plot_history(history(3).drop(columns="val_loss"), best_epoch=1)
+    assert not any("averaged (EMA)" in lines(ax) for ax in axes_of(fig))
 
 
 def test_curves_start_at_epoch_one_and_name_their_best() -> None:
@@ -798,16 +762,17 @@ def test_numbers_of_the_confusion_fit_into_their_cells(classes: int) -> None:
 
 def test_reliability_draws_the_table() -> None:
     p = np.array([[0.9, 0.1]] * 40 + [[0.3, 0.7]] * 5)
-    table = reliability_table([0] * 30 + [1] * 10 + [1] * 3 + [0] * 2, p, bins=5)
+    table = reliability_table(np.array([0] * 30 + [1] * 10 + [1] * 3 + [0] * 2), p)
     fig = plot_reliability(table, 0.1234)
     upper, lower = axes_of(fig)
     assert upper.get_title(loc="left") == "Expected calibration error 0.123"
     heights = [bar.get_height() for bar in upper.patches]
-    assert heights[4] == pytest.approx(0.75)  # 40 images
-    assert heights[5 + 3] == pytest.approx(0.6)  # 5 images: pale, and the legend says why
-    assert upper.patches[8].get_alpha() == 0.3
+    assert heights[13] == pytest.approx(0.75)  # 40 images
+    assert heights[15 + 10] == pytest.approx(0.6)  # 5 images: pale, and the legend says why
+    assert upper.patches[25].get_alpha() == 0.3
     assert np.isfinite(heights).sum() == 2
-    assert [bar.get_height() for bar in lower.patches] == [0, 0, 0, 5, 40]
+    counts_of = {i: bar.get_height() for i, bar in enumerate(lower.patches) if bar.get_height()}
+    assert counts_of == {10: 5, 13: 40}
     assert (lower.get_xlabel(), lower.get_ylabel()) == ("confidence", "images")
     assert upper.get_legend() is None  # it would cover bars
     assert set(legend_of(fig)) == {
@@ -880,19 +845,11 @@ def test_gradcam_sets_each_image_beside_its_overlay() -> None:
         overlay = shown[:, 33:].astype(int)
         assert overlay[:12].sum() > overlay[20:].sum()  # bright where the heat is
         np.testing.assert_array_equal(overlay[20:], images[i][20:])  # the image where it is not
-    with pytest.raises(ValueError, match="3 maps"):
-        plot_gradcam(images, heat[:2], ["a", "b", "c"])
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        plot_gradcam(images, 255 * heat, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        plot_gradcam(images, np.full_like(heat, np.nan), ["a", "b", "c"])
 
 
 def test_comparison_tells_measured_from_published() -> None:
-    found = measured(
-        "macro_f1", ours=Estimate(0.76, 0.75, 0.77), linear_probe=Estimate(0.65, 0.64, 0.66)
-    )
-    fig = plot_comparison(found, {"a paper": 0.74}, "macro_f1")
+    found = measured(ours=Estimate(0.76, 0.75, 0.77), linear_probe=Estimate(0.65, 0.64, 0.66))
+    fig = plot_comparison(found, {"a paper": 0.74})
     (ax,) = axes_of(fig)
     ours = lines(ax)["measured here, with its 95 % interval"]
     theirs = lines(ax)["published (tested elsewhere)"]
@@ -907,13 +864,11 @@ def test_comparison_tells_measured_from_published() -> None:
         "0.650 [0.640, 0.660]",
         "0.740",
     ]
-    assert ax.get_xlabel() == "macro F1"
+    assert ax.get_xlabel() == "accuracy"
     assert legend_of(fig) == [ours.get_label(), theirs.get_label()]
-    assert legend_of(plot_comparison(found, metric="macro_f1")) == [ours.get_label()]
-    assert_readable(plot_comparison(found, {"a paper": 0.74}, "macro_f1"))
+    assert legend_of(plot_comparison(found, {})) == [ours.get_label()]
 
 
 def test_an_interval_that_misses_its_value_or_has_no_width_is_drawn() -> None:
-    assert_readable(
-        plot_comparison(measured(ece=Estimate(0.01, 0.012, 0.02), perfect=Estimate(1, 1, 1)))
-    )
+    found = measured(missed=Estimate(0.01, 0.012, 0.02), perfect=Estimate(1, 1, 1))
+    assert_readable(plot_comparison(found, {}))
