@@ -56,18 +56,26 @@ PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 
 
 class Command(str):
-    """A fix that is a line for the shell, after a few words on it; `arguments` follow Python."""
+    """A fix that is a line for the shell, after a few words on it; `arguments` follow Python.
+
+    These are empty for other programs, and where a SOURCE has yet to be filled in.
+    """
 
     line: str
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+
+    def __new__(cls, line: str, why: str = "") -> Command:
+        made = super().__new__(cls, f"{why}: {line}" if why else line)
+        made.line = line
+        return made
 
 
 def command(*arguments: str, why: str = "") -> Command:
     """A line for the shell that gives `arguments` to the running interpreter."""
     words = [sys.executable or "python", *arguments]
     line = subprocess.list2cmdline(words) if os.name == "nt" else " ".join(map(shlex.quote, words))
-    made = Command(f"{why}: {line}" if why else line)
-    made.line, made.arguments = line, arguments
+    made = Command(line, why)
+    made.arguments = () if "SOURCE" in arguments else arguments
     return made
 
 
@@ -125,7 +133,7 @@ class Setup:
 
     def overrides(self) -> dict[str, Any]:
         """What was asked for on the command line; raises ``ConfigError``."""
-        from emotion_toolbox.settings import parse_setting
+        from emotion_transfer.commands.settings import parse_setting
         from emotion_transfer.config import EnhancedConfig
 
         given = dict(parse_setting(EnhancedConfig, text) for text in self.settings)
@@ -183,10 +191,9 @@ def check_python(setup: Setup) -> Result:
     if sys.version_info[:2] >= MINIMUM_PYTHON:
         return Result("python", PASS, f"{have} in {sys.executable}")
     setup.broken.append("python")
-    fix = (
-        f"install Python {need} or newer (https://www.python.org/downloads), then: "
-        f"python{need} -m venv .venv && .venv/bin/python -m pip install -r requirements.txt"
-    )
+    make = f"python{need} -m venv .venv && .venv/bin/python -m pip install -r requirements.txt"
+    why = f"install Python {need} or newer (https://www.python.org/downloads), then"
+    fix = Command(make, why)
     return Result("python", FAIL, f"{have} in {sys.executable}; {need} or newer is needed", fix)
 
 
@@ -397,7 +404,7 @@ def make_small_trainer(setup: Setup) -> tuple[Trainer, Batch]:
     noise = np.random.default_rng(0).integers(0, 256, (4, cache_size(cfg), cache_size(cfg), 3))
 
     class Noise:
-        def gather(self, index: Any) -> Any:
+        def __getitem__(self, index: Any) -> Any:
             return noise[index].astype(np.uint8)
 
     labels = np.array([0, 1, 0, 1])
@@ -421,17 +428,18 @@ def check_data(setup: Setup) -> Result:
     """The three splits are there and can be read, or the sample serves."""
     from emotion_toolbox.files import resolve_path
 
-    root = resolve_path(setup.cfg.DATA_ROOT)
-    prepare = command("-m", "emotion_transfer", "prepare", "SOURCE", "--output", str(root))
+    root, prepare = resolve_path(setup.cfg.DATA_ROOT), ("-m", "emotion_transfer", "prepare")
     if setup.sample and setup.cfg.DATASET == "sample":
         return Result("data", PASS, "the built-in synthetic sample, as DATASET asks")
     if setup.sample:
         message = f"{root} holds no train.csv, val.csv or test.csv; the synthetic sample serves"
-        return Result("data", WARN, message, f"for your own pictures in a folder SOURCE: {prepare}")
+        fix = command(*prepare, "SOURCE", why="for your own pictures in a folder SOURCE")
+        return Result("data", WARN, message, fix)
     try:
         data = setup.data
     except Skipped as skipped:
-        fix = f"correct what it names, or write the folder anew from a SOURCE: {prepare}"
+        why = "correct what it names, or write a data set from a folder or table SOURCE"
+        fix = command(*prepare, "SOURCE", why=why)
         return Result("data", FAIL, one_line(skipped.__cause__), fix)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in data.splits.items())
     return Result("data", PASS, f"{data.root}: {len(data.classes)} classes; {sizes} images")
@@ -577,7 +585,7 @@ def cached_weights(name: str, weights: str, wanted: bool = True) -> Result:
         message = f"WEIGHTS={weights!r}: no such file, and {name} has only "
         return Result(check, FAIL, message + ", ".join(enum.__members__), default_weights())
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum[weights].url).name
-    load = f'from torchvision.models import get_model as m; m("{name}", weights="{weights}")'
+    load = f'from torchvision.models import {name} as m; m(weights="{weights}")'
     if not file.is_file():
         message = f"{file} is not there; it is downloaded at first use"
         message += ", and where that fails the sample makes do with efficientnet_lite0"
@@ -648,7 +656,7 @@ def check_kernel(setup: Setup) -> Result:
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
     except NoSuchKernel:
-        fix: str = f"{pip_install('ipykernel')} && {register}"
+        fix = Command(f"{pip_install('ipykernel')} && {register}")
         return Result("kernel", FAIL, "Jupyter has no kernel python3", fix)
     program = spec.argv[0] if spec.argv else ""
     bare = re.fullmatch(r"python[\d.]*(\.exe)?", program)  # Jupyter runs its own interpreter
@@ -781,10 +789,10 @@ def verdict(failed: Sequence[Result], whole: bool) -> tuple[str, str]:
 
     The verdict on a machine takes the `whole` of the checks.
     """
-    fixes = [result.fix for result in failed if isinstance(result.fix, Command)]
+    fixes = [r.fix for r in failed if isinstance(r.fix, Command) and r.fix.arguments]
     installs = [fix.arguments[3:] for fix in fixes if fix.arguments[:3] == ("-m", "pip", "install")]
-    if failed and isinstance(failed[0].fix, Command):
-        one = command(*failed[0].fix.arguments)
+    if fixes and fixes[0] is failed[0].fix:
+        one = command(*fixes[0].arguments)
         every = pip_install(*dict.fromkeys(word for words in installs for word in words))
         return "NOT READY: mend what stands first", every if fixes[0].arguments[1] == "pip" else one
     if failed:

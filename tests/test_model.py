@@ -6,6 +6,7 @@ import json
 import pickle
 import traceback
 import urllib.error
+import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -324,7 +325,10 @@ def own_file(form: str, state: dict, folder: Path) -> Path:
         "net": {"net": state, "acc": 93.1},
         "state_dict": {"epoch": 3, "arch": "small", "state_dict": state},
         "an average beside": {"state_dict": state, "ema": other},
-        "arguments kept": {"model": state, "args": Namespace(lr=0.1, data="x")},
+        "an average before": {"model_ema": other, "model": state},
+        "arguments kept": {"model": state, "args": Namespace(lr=0.1, data=Path("x"))},
+        "a NumPy score": {"state_dict": state, "best_acc": np.float64(0.3), "epoch": np.int64(3)},
+        "paths kept": {"model": state, "args": Path("x"), "out": {"at": Path("y")}},
         "deep": {"checkpoint": {"model": {"state_dict": state}}},
         "module.": with_prefix("module.", state),
         "model.": {"state_dict": with_prefix("model.", state), "hyper_parameters": {"lr": 1e-3}},
@@ -352,14 +356,19 @@ def own_file(form: str, state: dict, folder: Path) -> Path:
     return file
 
 
-SILENT = {"plain", "other outputs", "other output layers", "no output layer", "no counters",
-          "half precision", "an ordered dictionary", "safetensors"}  # fmt: skip
+SILENT = {"plain", "no counters", "half precision", "an ordered dictionary", "safetensors"}
 LOUD = {
     "model": "model.* is read as small, left out: optimizer.state.0.step",
     "model_state_dict": "model_state_dict.* is read as small, left out: loss",
     "net": "net.* is read as small, left out: nothing",
     "state_dict": "state_dict.* is read as small, left out: nothing",
     "an average beside": "left out: ema.conv1.weight, ema.bn1.weight, ema.bn1.bias and 9 more",
+    "an average before": "model.* is read as small, left out: model_ema.conv1.weight, ",
+    "a NumPy score": "state_dict.* is read as small, left out: nothing",
+    "paths kept": "model.* is read as small, left out: nothing",
+    "other outputs": "own.pth: * is read as small, left out: the output layer\n",
+    "other output layers": "own.pth: * is read as small, left out: the output layer\n",
+    "no output layer": "own.pth: * is read as small, left out: the output layer\n",
     "arguments kept": "model.* is read as small, left out: nothing",
     "deep": "checkpoint.model.state_dict.* is read as small, left out: nothing",
     "module.": "module.* is read as small, left out: nothing",
@@ -367,8 +376,8 @@ LOUD = {
     "_orig_mod.": "_orig_mod.* is read as small, left out: nothing",
     "two prefixes": "model._orig_mod.module.* is read as small, left out: nothing",
     "averaged": "module.* is read as small, left out: n_averaged",
-    "backbone and head": "backbone.* is read as small, left out: head.weight",
-    "two encoders": "encoder_q.* is read as small, left out: encoder_k.conv1.weight",
+    "backbone and head": "backbone.* is read as small, left out: the output layer, head.weight",
+    "two encoders": "encoder_q.* is read as small, left out: the output layer, encoder_k.conv1.",
 }
 
 
@@ -444,6 +453,31 @@ def test_a_file_that_does_not_fit_is_an_error_that_names_it(small, tmp_path):
         with pytest.raises(WeightsError) as caught:
             make_backbone("small", str(file))
         assert str(file) in str(caught.value) and len(str(caught.value)) < 600, what
+
+
+class Arguments:
+    """A class of a training script's own."""
+
+
+def test_what_could_run_code_is_named(small, tmp_path):
+    torch.save({"model": SmallNetwork().state_dict(), "args": Arguments()}, tmp_path / "own.pth")
+    with pytest.raises(WeightsError, match=rf"own\.pth .* holds {__name__}\.Arguments \(then"):
+        make_backbone("small", str(tmp_path / "own.pth"))
+
+
+def test_a_path_of_any_system_is_read(small, tmp_path):
+    """As Windows and newer Pythons write it."""
+    state = SmallNetwork().state_dict()
+    torch.save({"model": state, "args": Path("x")}, tmp_path / "own.pth")
+    with zipfile.ZipFile(tmp_path / "own.pth") as file:
+        parts = {part: file.read(part) for part in file.namelist()}
+    name = f"{Path.__module__}\n{type(Path()).__name__}".encode()
+    assert name in b"".join(parts.values())
+    for other in (b"pathlib\nWindowsPath", b"pathlib._local\nPosixPath"):
+        with zipfile.ZipFile(tmp_path / "own.pth", "w") as file:
+            for part, content in parts.items():
+                file.writestr(part, content.replace(name, other))
+        make_backbone("small", str(tmp_path / "own.pth"))
 
 
 def test_a_planted_pickle_is_refused_and_not_run(small, tmp_path):

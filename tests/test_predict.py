@@ -55,6 +55,16 @@ def image(tmp_path):
     return tmp_path / "good.jpg"
 
 
+def give_list(monkeypatch, data: bytes) -> None:
+    """Put `data` on standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def asked_for(out: str) -> list[str]:
+    """The paths that were answered."""
+    return [line.rpartition(": ")[0] for line in out.splitlines()]
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says it is this large, and ends."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -141,11 +151,95 @@ def test_folders_wildcards_and_lists(export, image, tmp_path, capsys, monkeypatc
     shutil.copy(image, below / "@eaDir" / "thumb.jpg")
     found = [below / "a.PNG", below / "b.jpg"]
     model = ["--model", str(export)]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{found[0]}\n\n{found[1]}\n"))
+    give_list(monkeypatch, f"{found[0]}\n\n{found[1]}\n".encode())
     for asked in ([str(tmp_path / "deep")], [str(below / "[ab].*")], ["-"]):
         assert main([*model, *asked]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.partition(": ")[0] for line in lines] == [str(path) for path in found]
+        assert asked_for(capsys.readouterr().out) == [str(path) for path in found]
+
+
+def test_what_lies_beside_the_images_is_left_out_and_counted(export, image, tmp_path, capsys):
+    folder = tmp_path / "f"
+    (folder / "__MACOSX").mkdir(parents=True)
+    for name in ("1.jpg", "._1.jpg", "__MACOSX/3.jpg", "notes.txt", "more.txt", "a.xyz"):
+        shutil.copy(image, folder / name)
+    model = ["--model", str(export)]
+    assert main([*model, str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("left out: ") and said.err.count("\n") == 1
+    parts = said.err.removeprefix("left out: ").rstrip().split(", ")
+    assert sorted(parts) == ["1 *.xyz", "2 *.txt", "2 hidden or of a system"]
+    assert asked_for(said.out) == [str(folder / "1.jpg")]
+    assert main([*model, f"{folder}/**/*.jpg"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "left out: 1 hidden or of a system\n"
+    assert asked_for(said.out) == [str(folder / "1.jpg")]
+    assert main([*model, f"{folder}/__MACOSX/*.jpg"]) == 0  # where it was asked for
+    assert asked_for(capsys.readouterr().out) == [str(folder / "__MACOSX/3.jpg")]
+    assert main([*model, f"{folder}/*.gif"]) == 1
+    assert f"{folder}/*.gif: missing" in capsys.readouterr().err
+
+
+LISTS = {
+    "BOM": "\ufeff{a}\n{b}\n",
+    "quotes": "\"{a}\"\r\n'{b}'\r\n",
+    "spaces": "  {a}\t\n {b}",
+    "a folder": "{folder}\n",
+    "NUL": "{a}\0{b}\0",
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_a_list_as_programs_write_it(export, image, tmp_path, capsys, monkeypatch, form):
+    folder = tmp_path / "two"
+    names = {"folder": folder, "a": folder / "a b.jpg", "b": folder / "b'.jpg"}
+    folder.mkdir()
+    shutil.copy(image, names["a"])
+    shutil.copy(image, names["b"])
+    give_list(monkeypatch, LISTS[form].format(**names).encode())
+    assert main(["--model", str(export), "-"]) == 0
+    assert asked_for(capsys.readouterr().out) == [str(names["a"]), str(names["b"])]
+
+
+def test_a_name_is_taken_as_it_is_where_there_is_such_a_file(export, image, tmp_path, monkeypatch):
+    odd = [tmp_path / name for name in ('"quoted".jpg', " spaced.jpg", "new\nline.jpg")]
+    for path in odd:
+        shutil.copy(image, path)
+    assert module.read_list(f"{odd[0]}\n".encode()) == [str(odd[0])]
+    monkeypatch.chdir(tmp_path)
+    assert module.read_list(b" spaced.jpg\n") == [" spaced.jpg"]
+    assert module.read_list(os.fsencode(odd[2]) + b"\0") == [str(odd[2])]
+    assert module.read_list(b"") == module.read_list(b"\n \n") == []
+
+
+def test_bad_images_stop_nothing_in_any_batch(export, image, tmp_path, capsys, monkeypatch):
+    """Every image has the answer that it has alone, in order, and a bad one a line."""
+    monkeypatch.setattr(module, "BATCH_PIXELS", 3 * 32**2)
+    good = [image]
+    for number in range(7):
+        pixels = np.random.default_rng(number + 1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        good.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(good[-1])
+    bad = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "n" * 300, "e.jpg")]
+    asked = [*bad[:3], *map(str, good[:5]), bad[3], *map(str, good[5:]), bad[4]]
+    assert main(["--model", str(export), "--json", "--top", "3", *asked]) == 1
+    said = capsys.readouterr()
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    assert [line.partition(": ")[0] for line in said.err.splitlines()] == bad
+    assert [answer["image"] for answer in answers] == list(map(str, good))
+    loaded = load_export(export, module.network_of)
+    for path, answer in zip(good, answers, strict=True):
+        found, alone = dict(answer["top"]), predict_files(loaded, [path])[0]
+        assert [found[name] for name in NAMES] == pytest.approx(alone.tolist(), abs=1e-5)
+
+
+def test_a_bar_is_shown_on_a_terminal_only(export, image, capsys, monkeypatch):
+    arguments = ["--model", str(export), *[str(image)] * module.BAR_FROM]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "predicting: 100%" in said.err and len(said.out.splitlines()) == module.BAR_FROM
 
 
 def test_a_table_of_all_classes(export, image, tmp_path, capsys):
@@ -159,15 +253,47 @@ def test_a_table_of_all_classes(export, image, tmp_path, capsys):
     assert "1 images, 1 unusable" in capsys.readouterr().err
 
 
+def test_a_table_that_cannot_be_written_is_refused_first(export, image, tmp_path, capsys):
+    (tmp_path / "pipe").mkdir()
+    for table in (tmp_path / "absent/x.csv", image / "x.csv", tmp_path / "pipe"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--model", str(export), "--csv", str(table), str(image)])
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and f"{table} cannot be written" in said.err
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_run_that_fails_leaves_the_table_as_it_was(export, image, tmp_path, monkeypatch):
+    table, link = tmp_path / "answers.csv", tmp_path / "link.csv"
+    arguments = ["--model", str(export), "--csv", str(link), str(image)]
+    link.symlink_to(table)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "top_classes", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+        assert not table.exists()
+        table.write_text("old")
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert table.read_text() == "old" and {p.suffix for p in tmp_path.iterdir()} == {".csv", ".jpg"}
+    assert main(arguments) == 0
+    assert link.is_symlink() and table.read_text().startswith("path,predicted,calm,joy,rage\n")
+
+
 def test_the_folder_of_a_run_leads_to_its_export(export, image, capsys):
     assert main(["--model", str(export.parent), str(image)]) == 0
     assert main(["--model", str(image.parent), str(image)]) == 1
     assert "give the folder of an export" in capsys.readouterr().err
 
 
-def test_a_web_address_is_refused_as_such(export, capsys):
-    assert main(["--model", str(export), "https://example.org/a.jpg"]) == 1
-    assert "web address; download" in capsys.readouterr().err
+@pytest.mark.parametrize("start", ["https", "HTTP", "file", "s3", "git+ssh"])
+def test_an_address_is_refused_as_such(export, capsys, monkeypatch, start):
+    address = f"{start}:///example.org//a.jpg?b=[1]"
+    give_list(monkeypatch, address.encode())
+    for asked in (address, "-"):
+        assert main(["--model", str(export), asked]) == 1
+        said = f"{address}: an address; download the picture and give the file\n"
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,13 @@ def test_what_people_read(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == ""
     statuses = [line[:4] for line in lines if line[:4].strip() and line[4:6] == "  "]
     assert statuses == [FAIL, WARN, PASS, PASS, PASS]
-    assert lines[0].startswith(f"FAIL  data: {data} lacks val.csv. Write it with")
+    assert lines[0].startswith(f"FAIL  data: {data} lacks val.csv. ")
     assert "WARN  not checked before that is mended: images, disk" in lines
     assert f"PASS  settings: EPOCHS=3, DATA_ROOT={str(data)!r}" in lines
     assert sum(line.startswith(f"PASS  packages: {len(PACKAGES)} (torch, ") for line in lines) == 1
-    assert all(len(line) < 100 for line in lines if " -m " not in line and " --" not in line)
+    assert all(len(line) < 100 for line in lines if not line.strip().startswith(sys.executable))
+    prepare = validator.command("-m", "emotion_transfer", "prepare", "SOURCE")
+    assert f"      {prepare}" in lines  # in one piece
     verdict, command = lines[-2:]
     counts = f"1 FAIL, 2 WARN, {len(PACKAGES) + 2} PASS"
     assert verdict == f"NOT READY: mend what stands first, and check again ({counts}). Run:"
@@ -174,6 +176,8 @@ def test_a_long_message_is_wrapped_and_a_command_is_not() -> None:
     lines = report(Result("data", FAIL, "word " * 60, fix))
     assert all(len(line) < 100 for line in lines if "xxx" not in line)
     assert sum(line.endswith("x" * 200) for line in lines) == 2  # beside the check, and at the end
+    lines = report(Result("kernel", FAIL, "is absent", validator.Command("a && b " + "x" * 99)))
+    assert f"      a && b {'x' * 99}" in lines and "check again" in lines[-2]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a terminal of POSIX")
@@ -198,7 +202,7 @@ def test_sample_where_the_default_folder_is_empty(tmp_path: Path) -> None:
     done = run("--json", "--only", "data", "images", script=project / SCRIPT.name)
     found = results(done, 0)
     assert found["data"].status == WARN and "the synthetic sample serves" in found["data"].message
-    assert "-m emotion_transfer prepare SOURCE" in str(found["data"].fix)
+    assert str(found["data"].fix).endswith("-m emotion_transfer prepare SOURCE")  # its own folder
     assert found["images"].status == PASS
     assert not (project / "data").exists()  # nothing was drawn
 
@@ -341,8 +345,8 @@ def test_impossible_setting_where_nobody_checks_the_settings() -> None:
 def test_missing_csv(data: Path) -> None:
     (data / "val.csv").unlink()
     found = results(run("--json", "--only", "data", "images", "--data-root", data), 1)
-    assert found["data"].message.startswith(f"{data} lacks val.csv. Write it with `python -m ")
-    assert f"-m emotion_transfer prepare SOURCE --output {data}" in str(found["data"].fix)
+    assert found["data"].message.startswith(f"{data} lacks val.csv. ")
+    assert str(found["data"].fix).endswith("-m emotion_transfer prepare SOURCE")
     message, fix = "skipped: data must pass first", "mend data, see above"
     assert found["images"] == Result("images", WARN, message, fix)
 
@@ -505,7 +509,7 @@ def test_weights_in_the_cache_of_torch_hub(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
     absent = validator.cached_weights("resnet50", "DEFAULT")
     assert absent.status == WARN and absent.message.startswith(f"{file} is not there; ")
-    assert """m("resnet50", weights="DEFAULT")""" in str(absent.fix)
+    assert """resnet50 as m; m(weights="DEFAULT")""" in str(absent.fix)
     unused = validator.cached_weights("resnet50", "DEFAULT", wanted=False)
     assert unused.status == PASS and unused.message == absent.message
     file.parent.mkdir(parents=True)

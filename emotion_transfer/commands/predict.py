@@ -3,30 +3,44 @@
 import argparse
 import csv
 import glob
+import io
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 from torch import nn
 from tqdm import tqdm
 
+from emotion_toolbox.cache import work_ahead
+from emotion_toolbox.decoding import decode_image, read_image_bytes
 from emotion_toolbox.errors import ExportError, ImageError
-from emotion_toolbox.export import ExportedModel, load_export, predict_files, top_classes
-from emotion_toolbox.files import resolve_path
-from emotion_toolbox.prepare import list_files
+from emotion_toolbox.export import ExportedModel, load_export, predict_squares, top_classes
+from emotion_toolbox.files import resolve_path, write_text
+from emotion_toolbox.prepare import count_suffixes, in_words, is_litter, list_files
 from emotion_transfer.config import make_config
 from emotion_transfer.model import build_model
 
 EXAMPLE = """examples:
   python -m emotion_transfer predict picture.jpg
   python -m emotion_transfer predict holiday/ --csv answers.csv
-  python -m emotion_transfer predict --model outputs/RUN_NAME --json *.jpg"""
-DECODING_MEMORY = 2_500_000_000  # bytes
+  python -m emotion_transfer predict --model outputs/RUN_NAME --json *.jpg
+  find . -name "*.jpg" -print0 | python -m emotion_transfer predict -"""
+DECODING_MEMORY = 2_500_000_000  # bytes a thread
+THREADS = 2  # decode while the network works
+BATCH_PIXELS = 2**20  # 20 images of 224 x 224
 BAR_FROM = 20  # images
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters: C:// is a disk
+HIDDEN = "hidden or of a system"
 
 
 def find_export(given: Path | None) -> Path:
@@ -57,17 +71,45 @@ def network_of(settings: dict[str, Any], classes: int) -> nn.Module:
     return build_model(make_config(settings), classes)
 
 
-def find_images(asked: Sequence[str]) -> Iterator[Path]:
-    """The files that were `asked` for, folders and wildcards (which Windows leaves) expanded."""
+def find_images(asked: Iterable[str], left_out: Counter[str]) -> Iterator[str]:
+    """The paths `asked` for, with folders, wildcards (which Windows leaves) and lists expanded.
+
+    What lies beside the images is counted in `left_out`, by suffix.
+    """
     for text in asked:
         if text == "-":
-            yield from (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
-        elif Path(text).is_dir():
-            yield from list_files(Path(text))[0]
+            yield from find_images(read_list(sys.stdin.buffer.read()), left_out)
+        elif os.path.isdir(text):
+            images, others, litter = list_files(Path(text))
+            left_out += count_suffixes(others)
+            left_out[HIDDEN] += litter.total() - litter["empty folder"]
+            yield from map(str, images)
         elif glob.has_magic(text) and not os.path.lexists(text):
-            yield from map(Path, sorted(glob.glob(text, recursive=True)) or [text])
+            yield from match_files(text, left_out) or [text]
         else:
-            yield Path(text)
+            yield text
+
+
+def match_files(pattern: str, left_out: Counter[str]) -> list[str]:
+    """The files that a wildcard fits; names beginning with a dot only where it says so."""
+    asked, found = Path(pattern).parts, []
+    for file in filter(os.path.isfile, sorted(glob.glob(pattern, recursive=True))):
+        names = [name for name in Path(file).parts if name not in asked and name[0] != "."]
+        if any(map(is_litter, names)):
+            left_out[HIDDEN] += 1
+        else:
+            found.append(file)
+    return found
+
+
+def read_list(data: bytes) -> list[str]:
+    """The paths in a list: one a line, quoted or not, or as ``find -print0`` separates them."""
+    text = data.removeprefix(b"\xef\xbb\xbf").decode(sys.getfilesystemencoding(), "surrogateescape")
+    if "\0" in text:
+        return list(filter(None, text.split("\0")))
+    lines = filter(str.strip, re.split("\r?\n", text))
+    bare = partial(re.sub, r"""^\s*(["']?)(.*?)\1\s*$""", r"\2")
+    return [line if os.path.lexists(line) else bare(line) for line in lines]
 
 
 def limit_memory(more: int) -> None:
@@ -83,14 +125,33 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def answer(exported: ExportedModel, path: Path, top: int) -> list[tuple[str, float]]:
-    """The top classes of an image; raises ``ImageError``."""
-    if str(path).partition(":")[0] in ("http", "https", "ftp"):
-        raise ImageError("a web address; download the picture and give the file")
-    return top_classes(predict_files(exported, [path])[0], exported.classes, top)
+def decode(path: str, side: int) -> npt.NDArray[np.uint8] | ImageError:
+    """An image as its square, uint8 [side, side, 3], or why it has none."""
+    try:
+        if ADDRESS.match(path):
+            raise ImageError("an address; download the picture and give the file")
+        return decode_image(read_image_bytes(Path(path)), side)
+    except ImageError as error:
+        return error
 
 
-def shown(path: Path) -> str:
+def answers(
+    exported: ExportedModel, paths: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[np.float64] | ImageError]]:
+    """Each path with its class probabilities [C], or why it has none, in order."""
+    size = max(1, BATCH_PIXELS // exported.image_size**2)
+    squares = work_ahead(
+        partial(decode, side=exported.resize), paths, threads=THREADS, depth=2 * size, name="decode"
+    )
+    for first in range(0, len(paths), size):
+        batch = list(islice(squares, size))
+        good = [square for square in batch if not isinstance(square, ImageError)]
+        found = iter(predict_squares(exported, good) if good else ())
+        for path, square in zip(paths[first : first + size], batch, strict=True):
+            yield path, square if isinstance(square, ImageError) else next(found)
+
+
+def shown(path: str) -> str:
     """A path as text; a name may be any bytes."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
@@ -100,6 +161,15 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def table_file(text: str) -> Path:
+    """Where a table can be written; raises ``argparse.ArgumentTypeError``."""
+    path = Path(os.path.realpath(text))  # of a link, what it leads to
+    good = path.is_file() or not os.path.exists(text)
+    if not (good and path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; is its folder there?")
+    return path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -116,36 +186,39 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top", type=positive, default=3, help="classes to show (default 3)")
     add("--device", default="cpu", help="cpu (default), cuda, mps or auto")
     add("--json", action="store_true", help="one JSON object a line")
-    add("--csv", type=Path, metavar="FILE", help="write a table with the share of every class")
+    add("--csv", type=table_file, metavar="FILE", help="write a table with every class")
     return parser
 
 
 def predict(args: argparse.Namespace, exported: ExportedModel) -> int:
     """Answer every image asked for; 1 if any was unusable."""
-    rows, failed = [], 0
-    images = list(find_images(args.images))
+    rows, failed, classes = [], 0, exported.classes
+    left_out = Counter[str]()
+    images = list(find_images(args.images, left_out))
+    if left_out := +left_out:
+        print(f"left out: {in_words(left_out)}", file=sys.stderr)
     if not images:
         print(f"no images in {', '.join(args.images)}", file=sys.stderr)
         return 1
     quiet = len(images) < BAR_FROM or not sys.stderr.isatty()
-    for path in tqdm(images, "predicting", unit="image", file=sys.stderr, disable=quiet):
-        try:
-            top = answer(exported, path, len(exported.classes) if args.csv else args.top)
-        except ImageError as error:
-            tqdm.write(f"{shown(path)}: {error}", file=sys.stderr)
+    bar: dict[str, Any] = {"unit": "image", "file": sys.stderr, "disable": quiet}
+    for path, found in tqdm(answers(exported, images), "predicting", len(images), **bar):
+        name = shown(path)
+        if isinstance(found, ImageError):
+            tqdm.write(f"{name}: {found}", file=sys.stderr)
             failed += 1
             continue
+        top = top_classes(found, classes, args.top)
         if args.csv:
-            rows.append({"path": shown(path), "predicted": top[0][0], **dict(top)})
+            rows.append([name, top[0][0], *found.tolist()])
         elif args.json:
-            print(json.dumps({"image": shown(path), "top": top}))
+            tqdm.write(json.dumps({"image": name, "top": top}))
         else:
-            print(f"{shown(path)}: " + ", ".join(f"{name} {p:.1%}" for name, p in top))
+            tqdm.write(f"{name}: " + ", ".join(f"{label} {p:.1%}" for label, p in top))
     if args.csv:
-        with args.csv.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, ["path", "predicted", *exported.classes])
-            table.writeheader()
-            table.writerows(rows)
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([["path", "predicted", *classes], *rows])
+        write_text(args.csv, table.getvalue())
         print(f"{args.csv}: {len(rows)} images, {failed} unusable", file=sys.stderr)
     return int(failed > 0)
 
@@ -153,7 +226,7 @@ def predict(args: argparse.Namespace, exported: ExportedModel) -> int:
 def main(arguments: list[str] | None = None, memory: int | None = DECODING_MEMORY) -> int:
     """Print the top classes of every image; 1 if any image was unusable.
 
-    The images may take so many bytes of `memory` once the model is loaded; None: any amount.
+    The model once loaded, a thread may take so many bytes of `memory`; None: any amount.
     """
     args = make_parser().parse_args(arguments)
     folder = find_export(args.model)
@@ -162,7 +235,7 @@ def main(arguments: list[str] | None = None, memory: int | None = DECODING_MEMOR
         about = ", trained on the synthetic sample" if exported.synthetic else ""
         print(f"using the newest export, {folder}{about}; --model names another", file=sys.stderr)
     if memory is not None:
-        limit_memory(memory)
+        limit_memory(THREADS * memory)
     try:
         return predict(args, exported)
     except BrokenPipeError:  # who reads has had enough, as `head` has
