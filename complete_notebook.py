@@ -102,7 +102,7 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: naming what is wrong, before a kernel is started for it.
     """
-    from emotion_toolbox.settings import parse_setting
+    from emotion_transfer.commands.settings import parse_setting
     from emotion_transfer.config import EnhancedConfig, make_config
 
     overrides = dict(parse_setting(EnhancedConfig, text) for text in settings)

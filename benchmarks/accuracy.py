@@ -34,8 +34,8 @@ from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.device import choose_device, precision, seed_everything
 from emotion_toolbox.files import resolve_path
 from emotion_toolbox.sample import load_data
-from emotion_toolbox.settings import parse_setting
 from emotion_toolbox.tables import Split
+from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.commands.train import open_data
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config
 from emotion_transfer.engine import Augment, Trainer, fit

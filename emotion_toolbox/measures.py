@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import classification_report, f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -17,8 +17,8 @@ from emotion_toolbox.emotions import MIKELS_CLASSES, POSITIVE_EMOTIONS
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 ECE_BINS = 15  # as in Guo et al. 2017
+BIN_EDGES = np.linspace(0, 1, ECE_BINS + 1)
 HEALTHY_GAP = 0.05  # a difference nobody need act on, even if it is real
-LARGE_GAP = 0.15
 LOW_TRAIN_ACCURACY = 0.6  # below this, the model has not even learnt what it was shown
 FEW_PER_CLASS = 10  # validation images; with fewer, no epoch can be told from another
 
@@ -43,45 +43,19 @@ class Estimate:
         return asdict(self)
 
 
-def check_labels(name: str, values: npt.ArrayLike, classes: int | None = None) -> Labels:
-    """`values` as a one-dimensional int64 array of class indices, or a ``ValueError``."""
-    array = np.asarray(values)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be one-dimensional and not empty, not {array.shape}")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integer class indices; their type is {array.dtype}")
-    wrong = array < 0 if classes is None else (array < 0) | (array >= classes)
-    if wrong.any():
-        row = int(wrong.argmax())
-        allowed = "0 or more" if classes is None else f"0 to {classes - 1}"
-        raise ValueError(f"{name}[{row}] is {array[row]}; a class index here is {allowed}")
-    return array.astype(np.int64)
+def check_probabilities(probabilities: npt.ArrayLike) -> Floats:
+    """`probabilities` as float64 [N, C], or a ``ValueError`` that names the first wrong row.
 
-
-def check_probabilities(
-    probabilities: npt.ArrayLike, rows: int, classes: int | None = None
-) -> Floats:
-    """`probabilities` as float64 [rows, C] whose rows sum to 1, or a ``ValueError``.
-
-    They may come from a CSV with rounded decimals, so a row may miss 1 by a thousandth.
+    A row may miss the sum of 1 by a thousandth, for it may come from a CSV with rounded decimals.
     """
     p = np.asarray(probabilities, dtype=np.float64)
-    if p.ndim != 2 or len(p) != rows or p.shape[1] < 2:
+    shares = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= 1e-3)  # False for NaN
+    if not shares.all():
+        row = int(shares.argmin())
         raise ValueError(
-            f"probabilities must have one row for each of the {rows} labels and a column for each "
-            f"of two or more classes; their shape is {p.shape}"
+            f"probabilities[{row}] must be 0 or more each and sum to 1 (apply softmax to logits "
+            f"first), not {p[row].round(4).tolist()}"
         )
-    if classes is not None and p.shape[1] != classes:
-        raise ValueError(f"probabilities have {p.shape[1]} columns for {classes} classes")
-    problems = {
-        "holds NaN or infinity": ~np.isfinite(p).all(axis=1),
-        "holds a value outside 0 to 1": ((p < 0) | (p > 1 + 1e-3)).any(axis=1),
-        "does not sum to 1 (apply softmax to logits first)": np.abs(p.sum(axis=1) - 1) > 1e-3,
-    }
-    for problem, wrong in problems.items():
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(f"probabilities[{row}] {problem}: {p[row].round(4).tolist()}")
     return p
 
 
@@ -110,12 +84,6 @@ def confusion_metrics(confusion: npt.NDArray[np.integer]) -> dict[str, float]:
     }
 
 
-def macro_f1(labels: Labels, predicted: Labels, classes: int) -> float:
-    """Mean F1 over all `classes`; one that does not occur counts as 0."""
-    score = f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0)
-    return float(score)
-
-
 @dataclass(frozen=True)
 class Predictions:
     """What a model says of N images: `labels` int64 [N], `probabilities` float64 [N, C]."""
@@ -136,8 +104,9 @@ class Predictions:
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over the classes."""
-        return macro_f1(self.labels, self.predicted, self.probabilities.shape[1])
+        """Mean F1 over all classes; one that does not occur counts as 0."""
+        truth, answers, every = self.labels, self.predicted, range(self.probabilities.shape[1])
+        return float(f1_score(truth, answers, labels=every, average="macro", zero_division=0))
 
     def score(self, name: str) -> float:
         """The figure `name` ("macro_f1", "accuracy" or "loss"), turned so that larger is better.
@@ -158,8 +127,6 @@ def hits_by_name(
     the lower index. polarity_accuracy (Mikels' eight): the summed probability of the pleasant four
     is on the label's side of one half.
     """
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"class names must be distinct, not {list(classes)}")
     found = {}
     if len(classes) > 2:
         first_two = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]
@@ -171,101 +138,63 @@ def hits_by_name(
     return found
 
 
-def reliability_table(
-    labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int = ECE_BINS
-) -> pd.DataFrame:
-    """Confidence against accuracy in `bins` equal bins (lower, upper] of confidence.
+def reliability_table(labels: Labels, probabilities: Floats) -> pd.DataFrame:
+    """Confidence against accuracy in equal bins (lower, upper] of confidence.
 
-    One row a bin: lower, upper, confidence and accuracy (means; NaN where empty), count. Raises
-    ``ValueError`` for input that is no labels [N] and probabilities [N, C].
+    Of `labels` [N] and `probabilities` [N, C]. One row a bin: confidence and accuracy (means; NaN
+    where empty), count, lower, upper.
     """
-    if bins < 1:
-        raise ValueError(f"bins is {bins}; give at least 1")
-    y = check_labels("labels", labels)
-    p = check_probabilities(probabilities, len(y))
-    check_labels("labels", y, p.shape[1])
-    edges, confidence = np.linspace(0, 1, bins + 1), p.max(axis=1)
-    bin_of = np.digitize(confidence, edges[1:-1], right=True)
-    images = pd.DataFrame({"confidence": confidence, "accuracy": p.argmax(axis=1) == y})
-    grouped = images.astype(float).groupby(bin_of)
-    table = pd.DataFrame({"lower": edges[:-1], "upper": edges[1:]})
-    table[["confidence", "accuracy"]] = grouped.mean().reindex(range(bins))
-    table["count"] = grouped.size().reindex(range(bins), fill_value=0)
-    return table
-
-
-def expected_calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """Mean |accuracy - confidence| over the bins, weighted by their counts (Guo et al. 2017)."""
-    table = reliability_table(labels, probabilities).query("count > 0")
-    gap = (table["accuracy"] - table["confidence"]).abs()
-    return float((gap * table["count"]).sum() / table["count"].sum())
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bin_of = np.digitize(confidence, BIN_EDGES[1:-1], right=True)
+    images = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float)})
+    table = images.groupby(bin_of).mean().reindex(range(ECE_BINS))
+    table["count"] = np.bincount(bin_of, minlength=ECE_BINS)
+    return table.assign(lower=BIN_EDGES[:-1], upper=BIN_EDGES[1:])
 
 
 def calibration_estimate(
     labels: Labels, probabilities: Floats, resamples: int, rng: np.random.Generator
 ) -> Estimate:
-    """The expected calibration error with its *basic* bootstrap interval.
+    """The expected calibration error (Guo et al. 2017) with its *basic* bootstrap interval.
 
-    Noise in the bins' accuracies biases it upwards, and resampling adds the same once more. The
-    basic interval mirrors the resamples about the value, and so takes that bias off.
+    Mean |accuracy - confidence| over the bins, weighted by their counts. Noise in the bins'
+    accuracies biases it upwards, and resampling adds the same once more. The basic interval mirrors
+    the resamples about the value, and so takes that bias off.
     """
     confidence, n = probabilities.max(axis=1), len(labels)
-    bin_of = np.digitize(confidence, np.linspace(0, 1, ECE_BINS + 1)[1:-1], right=True)
-    excess, errors = (probabilities.argmax(axis=1) == labels) - confidence, []
-    chunk = max(1, 500_000 // n)  # resamples at a time; bounds the memory
-    for start in range(0, resamples, chunk):
-        draws = min(chunk, resamples - start)
-        image = rng.integers(n, size=(draws, n))
-        cell = bin_of[image] + ECE_BINS * np.arange(draws)[:, None]
-        sums = np.bincount(cell.ravel(), excess[image].ravel(), minlength=draws * ECE_BINS)
-        errors.append(np.abs(sums.reshape(draws, ECE_BINS)).sum(axis=1) / n)
-    value = expected_calibration_error(labels, probabilities)
-    low, high = np.quantile(np.concatenate(errors), (0.025, 0.975))
+    bin_of = np.digitize(confidence, BIN_EDGES[1:-1], right=True)
+    excess = (probabilities.argmax(axis=1) == labels) - confidence
+
+    def error(images: npt.NDArray[np.intp]) -> float:
+        sums = np.bincount(bin_of[images], weights=excess[images], minlength=ECE_BINS)
+        return float(np.abs(sums).sum() / n)
+
+    value = error(np.arange(n))
+    resampled = [error(rng.integers(n, size=n)) for _ in range(resamples)]
+    low, high = np.quantile(resampled, (0.025, 0.975))
     return Estimate(value, min(value, max(0.0, 2 * value - high)), max(value, 2 * value - low))
 
 
-def per_class_table(
-    labels: npt.ArrayLike, predictions: npt.ArrayLike, classes: Sequence[str]
-) -> pd.DataFrame:
-    """Precision, recall, f1 and support (images) of every class, by scikit-learn.
-
-    Raises:
-        ValueError: if the two are not equally long indices into `classes`.
-    """
-    y = check_labels("labels", labels, len(classes))
-    predicted = check_labels("predictions", predictions, len(classes))
-    if len(y) != len(predicted):
-        raise ValueError(f"there are {len(y)} labels but {len(predicted)} predictions")
-    # Numbers, not names, as keys: a class may be called "accuracy".
-    report = classification_report(
-        y, predicted, labels=range(len(classes)), output_dict=True, zero_division=0
-    )
-    rows = pd.DataFrame([report[str(i)] for i in range(len(classes))])
-    rows.index = pd.Index(classes, name="class")
-    return rows.rename(columns={"f1-score": "f1"}).astype({"support": int})
+def per_class_table(labels: Labels, predictions: Labels, classes: Sequence[str]) -> pd.DataFrame:
+    """Precision, recall, f1 and support (images) of every class, from class indices [N]."""
+    every = range(len(classes))
+    scores = precision_recall_fscore_support(labels, predictions, labels=every, zero_division=0)
+    columns = dict(zip(("precision", "recall", "f1", "support"), scores, strict=True))
+    return pd.DataFrame(columns, index=pd.Index(classes, name="class"))
 
 
 def most_confused_pairs(
-    confusion: npt.ArrayLike, classes: Sequence[str], top: int = 5
+    confusion: npt.NDArray[np.integer], classes: Sequence[str], top: int = 5
 ) -> pd.DataFrame:
     """The `top` most frequent errors of a confusion matrix [C, C] (rows true, columns predicted).
 
     Columns true, predicted, count and share (of the true class's images), most frequent first.
-    Raises ``ValueError`` if the matrix is not C x C.
     """
-    cells = np.asarray(confusion)
-    if cells.shape != (len(classes), len(classes)):
-        raise ValueError(f"a {cells.shape} confusion matrix does not fit {len(classes)} classes")
-    true, predicted = np.nonzero(cells * ~np.eye(len(classes), dtype=bool))
-    table = pd.DataFrame(
-        {
-            "true": [classes[i] for i in true.tolist()],
-            "predicted": [classes[i] for i in predicted.tolist()],
-            "count": cells[true, predicted],
-            "share": cells[true, predicted] / cells.sum(axis=1)[true],
-        }
-    )
-    return table.sort_values("count", ascending=False, kind="stable", ignore_index=True).head(top)
+    true, predicted = np.nonzero(confusion * ~np.eye(len(classes), dtype=bool))
+    names, count = np.asarray(classes), confusion[true, predicted]
+    share = count / confusion.sum(axis=1)[true]
+    table = pd.DataFrame({"true": names[true], "predicted": names[predicted], "count": count})
+    return table.assign(share=share).nlargest(top, "count").reset_index(drop=True)
 
 
 def fit_probe(
@@ -290,22 +219,12 @@ def gap_standard_error(train_accuracy: float, val_accuracy: float, n: int) -> fl
     return math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
 
 
-def gap_verdict(train_accuracy: float, val_accuracy: float, n_val: int, classes: int = 2) -> str:
+def gap_verdict(train_accuracy: float, val_accuracy: float, n_val: int, classes: int) -> str:
     """What the train-validation gap means, and which settings to change.
 
-    Args:
-        train_accuracy: accuracy (0 to 1) on clean training images, as many as `n_val`.
-        val_accuracy: accuracy on the validation images.
-        n_val: number of validation images, of so many `classes`.
-
-    Raises:
-        ValueError: for an accuracy outside 0 to 1 or no images.
+    The accuracies (0 to 1) are on `n_val` clean training images and on as many validation images,
+    of so many `classes`.
     """
-    if not (0 <= train_accuracy <= 1 and 0 <= val_accuracy <= 1 and n_val > 0):
-        raise ValueError(
-            f"accuracies lie between 0 and 1 and n_val is positive, not {train_accuracy}, "
-            f"{val_accuracy}, {n_val}"
-        )
     noise = 2 * gap_standard_error(train_accuracy, val_accuracy, n_val)
     gap = train_accuracy - val_accuracy
     measured = (
@@ -324,9 +243,8 @@ def gap_advice(train_accuracy: float, gap: float, noise: float) -> str:
     """What to change, judged from the gap and two standard errors of it."""
     real = abs(gap) > noise
     if real and gap > HEALTHY_GAP:
-        degree = "Strong overfitting" if gap > LARGE_GAP else "Some overfitting"
         return (
-            f"{degree}: the model knows its training images better than it knows the task. Raise "
+            "Overfitting: the model knows its training images better than it knows the task. Raise "
             "MIX_PROB, DROPOUT or WEIGHT_DECAY, lower the first number of CROP_SCALE, lower "
             "LR_BACKBONE, or thaw later (THAW_EPOCHS). More images help most."
         )
@@ -341,7 +259,5 @@ def gap_advice(train_accuracy: float, gap: float, noise: float) -> str:
             "or MIX_PROB), or the validation images are the easier ones; look at the splits."
         )
     if not real:
-        return (
-            "Healthy as far as one can tell: a gap within the noise is no evidence of overfitting."
-        )
+        return "Healthy as far as one can tell: a gap within the noise is no evidence against it."
     return "Healthy: the gap is real but too small to act on; keep the settings."

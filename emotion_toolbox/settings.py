@@ -1,10 +1,9 @@
 """Settings as fields of a frozen dataclass, each declared once; none is known by name here."""
 
-import ast
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import Field, asdict, field, fields
 from functools import partial
 from typing import Any, TypeVar, get_args
@@ -13,7 +12,6 @@ from emotion_toolbox.errors import ConfigError
 
 S = TypeVar("S")
 WORDS = {str: "a text, not blank", int: "a whole number", float: "a number", bool: "True or False"}
-JSON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
 def setting(
@@ -74,17 +72,18 @@ def check_values(settings: Any) -> None:
         raise ConfigError("impossible settings:\n  " + "\n  ".join(problems))
 
 
-def merged(*given: Any) -> dict[str, Any]:
-    """The values of all dictionaries `given`; later ones win. ``ConfigError`` if one is none."""
-    for values in given:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f'OVERRIDES must be {{"NAME": value, ...}}, not {values!r:.200}')
-    return {name: value for values in given for name, value in values.items()}
+def checked_overrides(given: Any) -> Mapping[str, Any]:
+    """`given`, or nothing where it is None; raises ``ConfigError`` if it is no dictionary."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f'OVERRIDES must be {{"NAME": value, ...}}, not {given!r:.200}')
+    return given or {}
 
 
-def make_settings(cls: type[S], overrides: Any = None, profile: Any = None) -> S:
+def make_settings(
+    cls: type[S], overrides: Any = None, profile: Mapping[str, Any] | None = None
+) -> S:
     """The defaults of `cls`, then `profile`, then `overrides`; raises ``ConfigError``."""
-    values = merged(*(given for given in (profile, overrides) if given is not None))
+    values = {**(profile or {}), **checked_overrides(overrides)}
     types: dict[str, Any] = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
     for name in [name for name in values if name not in types]:
         close = difflib.get_close_matches(str(name).upper(), types, n=3, cutoff=0.5)
@@ -101,11 +100,19 @@ def normalised(value: Any, kind: Any) -> Any:
 
 
 def settings_among(cls: Any, namespace: Mapping[str, Any], overrides: Any = None) -> dict[str, Any]:
-    """`overrides` and, above them, variables called like settings (papermill's ``-p``), printed."""
-    found = {f.name: namespace[f.name] for f in fields(cls) if f.name in namespace}
+    """`overrides` and, above them, variables called like settings (papermill's ``-p``), printed.
+
+    Raises ``ConfigError`` for a variable that is called so but for its case: ``epochs = 3``.
+    """
+    names = [f.name for f in fields(cls)]
+    for name, value in namespace.items():
+        if name.upper() in names and name not in names and isinstance(value, int | float | str):
+            line = f'OVERRIDES = {{"{name.upper()}": {value!r:.80}}}'
+            raise ConfigError(f"{name} = {value!r:.80} changes no setting; write {line}")
+    found = {name: namespace[name] for name in names if name in namespace}
     if found:
         print("taken from variables:", ", ".join(f"{n} = {v!r:.200}" for n, v in found.items()))
-    return merged({} if overrides is None else overrides, found)
+    return {**checked_overrides(overrides), **found}
 
 
 def forget(namespace: dict[str, Any], *names: str) -> None:
@@ -114,27 +121,9 @@ def forget(namespace: dict[str, Any], *names: str) -> None:
         namespace.pop(name, None)
 
 
-def parse_setting(cls: Any, text: str) -> tuple[str, Any]:
-    """Split ``NAME=VALUE``, or raise ``ConfigError``; a value is Python unless text is due."""
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals:
-        raise ConfigError(f"{text!r} is not NAME=VALUE")
-    try:
-        parsed = ast.literal_eval(JSON_WORDS.get(value, value))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return name, value  # plain text, or refused by ``make_settings`` with what is allowed
-    textual = any(f.name == name and kind_of(f.type)[:2] == (str, None) for f in fields(cls))
-    return name, parsed if not textual or parsed is None or isinstance(parsed, str) else value
-
-
 def settings_to_json(settings: Any) -> str:
     """`settings` as indented JSON with one field a line."""
     return json.dumps(asdict(settings), indent=2)
-
-
-def settings_from_json(cls: type[S], text: str) -> S:
-    """The inverse of ``settings_to_json``; raises ``ConfigError``, or ``ValueError`` if no JSON."""
-    return make_settings(cls, merged(json.loads(text)))
 
 
 def shaping_values(settings: Any) -> dict[str, Any]:
@@ -153,12 +142,3 @@ def changed_settings(settings: Any, saved: Mapping[str, Any]) -> list[str]:
     before = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     now = shaping_values(settings).items()
     return [f"  {n}: {before.get(n)!r} before, {v!r} now" for n, v in now if before.get(n) != v]
-
-
-def settings_table(cls: Any, names: Sequence[str] | None = None) -> str:
-    """The settings called `names` (or all) as a Markdown table."""
-    rows = ["| name | default | meaning | allowed | in a run |", "|---|---|---|---|---|"]
-    for f in (f for f in fields(cls) if names is None or f.name in names):
-        end = f"{allowed(f)} | {'may change' if f.metadata['neutral'] else 'fixed'}"
-        rows.append(f"| `{f.name}` | `{f.default!r}` | {f.metadata['meaning']} | {end} |")
-    return "\n".join(rows)

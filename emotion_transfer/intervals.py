@@ -20,8 +20,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
-    Estimate, calibration_estimate, check_labels, check_probabilities, confusion_metrics,
-    hits_by_name,
+    Estimate, calibration_estimate, check_probabilities, confusion_metrics, hits_by_name,
 )  # fmt: skip
 
 
@@ -36,8 +35,7 @@ def evaluate_predictions(
     resamples: int = 2000, seed: int = 0,
 ) -> dict[str, Estimate]:  # fmt: skip
     """All metrics of true classes [N] and probabilities [N, C], with 95 % bootstrap intervals."""
-    y = check_labels("labels", labels, len(classes))
-    p = check_probabilities(probabilities, len(y), len(classes))
+    y, p = np.asarray(labels), check_probabilities(probabilities)
     rng, n = np.random.default_rng(seed), len(y)
     confusion = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
     shares, drawn = confusion.ravel() / n, []
@@ -78,7 +76,7 @@ def paired_test(
     seed: int = 0,
 ) -> PairedTest:  # fmt: skip
     """Compare two models' predicted classes [N] for the same images; a paired bootstrap."""
-    y, a, b = (check_labels("classes", values) for values in (labels, ours, other))
+    y, a, b = (np.asarray(values) for values in (labels, ours, other))
     if not len(y) == len(a) == len(b):
         raise ValueError(f"labels, ours and other have {len(y)}, {len(a)} and {len(b)} entries")
     only, n = (int(((a == y) & (b != y)).sum()), int(((a != y) & (b == y)).sum())), len(y)

@@ -18,7 +18,6 @@ from emotion_toolbox.emotions import MIKELS_CLASSES, POSITIVE_EMOTIONS
 from emotion_toolbox.measures import (
     Estimate,
     confusion_metrics,
-    expected_calibration_error,
     gap_standard_error,
     gap_verdict,
     most_confused_pairs,
@@ -232,17 +231,11 @@ GOOD = np.array([[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]])
 @pytest.mark.parametrize(
     ("labels", "probabilities", "message"),
     [
-        ([0, 1], GOOD, r"one row for each of the 2 labels.*\(3, 2\)"),
-        ([], np.empty((0, 2)), "not empty"),
-        ([[0, 1, 1]], GOOD, "one-dimensional"),
-        ([0.0, 1.0, 1.0], GOOD, "integer class indices.*float64"),
-        ([0, 1, 2], GOOD, r"labels\[2\] is 2; a class index here is 0 to 1"),
-        ([0, -1, 1], GOOD, r"labels\[1\] is -1"),
-        ([0, 1, 1], GOOD[:, :1], "two or more classes"),
-        ([0, 1, 1], np.c_[GOOD / 2, GOOD / 2], "4 columns for 2 classes"),
-        ([0, 1, 1], np.where(GOOD == 0.8, np.nan, GOOD), r"probabilities\[1\] holds NaN"),
-        ([0, 1, 1], GOOD * 3 - 1, r"probabilities\[1\] holds a value outside 0 to 1"),
-        ([0, 1, 1], GOOD * [[1], [1], [0.9]], r"probabilities\[2\] does not sum to 1"),
+        ([0, 1], GOOD, r"inconsistent numbers of samples: \[2, 3"),
+        ([0, 1, 1], np.where(GOOD == 0.8, np.nan, GOOD), r"probabilities\[1\] .* not \[0.2, nan\]"),
+        ([0, 1, 1], GOOD * 3 - 1, r"probabilities\[1\] must be .*softmax"),
+        ([0, 1, 1], GOOD * [[1], [1], [0.9]], r"probabilities\[2\] must be .*sum to 1"),
+        ([0, 1, 1], GOOD - [[0, 0], [0.3, -0.3], [0, 0]], r"probabilities\[1\] must be 0 or more"),
     ],
 )
 def test_wrong_input_is_named(labels: list[int], probabilities: object, message: str) -> None:
@@ -250,9 +243,7 @@ def test_wrong_input_is_named(labels: list[int], probabilities: object, message:
         evaluate_predictions(labels, np.asarray(probabilities), names(2))
 
 
-def test_class_names_must_differ_and_rounded_probabilities_pass() -> None:
-    with pytest.raises(ValueError, match="distinct"):
-        evaluate_predictions([0, 1, 1], GOOD, ["a", "a"])
+def test_rounded_probabilities_pass() -> None:
     labels, p = predictions(100, 8)
     exact = evaluate_predictions(labels, p, MIKELS_CLASSES, resamples=50)
     rounded = evaluate_predictions(labels, p.round(4), MIKELS_CLASSES, resamples=50)
@@ -331,11 +322,10 @@ def guo_error(confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_])
 def test_calibration_against_the_paper_and_scikit_learn() -> None:
     labels, p = predictions(700, 5)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
-    error = expected_calibration_error(labels, p)
+    error = evaluate_predictions(labels, p, names(5), resamples=20)["ece"].value
     assert error == pytest.approx(guo_error(confidence, right))
-    assert evaluate_predictions(labels, p, names(5), resamples=20)["ece"].value == error
-    table = reliability_table(labels, p, bins=10)
-    accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=10)
+    table = reliability_table(labels, p)
+    accuracy, mean_confidence = calibration_curve(right, confidence, n_bins=15)
     filled = table[table["count"] > 0]
     np.testing.assert_allclose(filled["accuracy"], accuracy)
     np.testing.assert_allclose(filled["confidence"], mean_confidence)
@@ -346,20 +336,22 @@ def test_calibration_against_the_paper_and_scikit_learn() -> None:
 
 def test_calibration_by_hand() -> None:
     p = np.array([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
-    labels = [0, 0, 0, 1, 1, 0]  # 3 of 4 right at 0.9, 1 of 2 right at 0.6
-    assert expected_calibration_error(labels, p) == pytest.approx(4 / 6 * 0.15 + 2 / 6 * 0.1)
-    table = reliability_table(labels, p, bins=5)
-    assert table["count"].tolist() == [0, 0, 2, 0, 4]
-    edge = reliability_table([0, 0], [[0.75, 0.25], [0.5, 0.5]], bins=4)
-    assert edge["count"].tolist() == [0, 1, 1, 0]  # a bin holds its upper edge
-    assert table["accuracy"].isna().tolist() == [True, True, False, True, False]
+    labels = np.array([0, 0, 0, 1, 1, 0])  # 3 of 4 right at 0.9, 1 of 2 right at 0.6
+
+    def error(labels: npt.ArrayLike, p: npt.NDArray[np.float64]) -> float:
+        return evaluate_predictions(labels, p, names(2), resamples=20)["ece"].value
+
+    assert error(labels, p) == pytest.approx(4 / 6 * 0.15 + 2 / 6 * 0.1)
+    table = reliability_table(labels, p)
+    filled = table[table["count"] > 0]
+    assert filled["count"].tolist() == [2, 4] and filled["accuracy"].tolist() == [0.5, 0.75]
+    assert (table["accuracy"].isna() == (table["count"] == 0)).all()
+    upper = table["upper"][11]  # a bin holds its upper edge
+    edge = reliability_table(np.array([0]), np.array([[upper, 1 - upper]]))
+    assert edge["count"].to_numpy().nonzero()[0].tolist() == [11]
     certain = np.eye(2)[[0, 1]]
-    assert expected_calibration_error([0, 1], certain) == 0.0
-    assert expected_calibration_error([1, 0], certain) == 1.0
-    with pytest.raises(ValueError, match="bins is 0"):
-        reliability_table(labels, p, bins=0)
-    with pytest.raises(ValueError, match=r"labels\[0\] is 5"):
-        reliability_table([5] * 6, p)
+    assert error([0, 1], certain) == 0.0
+    assert error([1, 0], certain) == 1.0
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -379,8 +371,6 @@ def test_most_confused_pairs() -> None:
     pd.testing.assert_frame_equal(table, expected)
     assert len(most_confused_pairs(confusion, ["awe", "fear", "anger"], top=50)) == 4
     assert most_confused_pairs(np.diag([3, 4]), ["a", "b"]).empty
-    with pytest.raises(ValueError, match=r"\(3, 3\) confusion matrix does not fit 2 classes"):
-        most_confused_pairs(confusion, ["a", "b"])
 
 
 def test_per_class_table_even_for_a_class_called_accuracy() -> None:
@@ -395,10 +385,6 @@ def test_per_class_table_even_for_a_class_called_accuracy() -> None:
     np.testing.assert_allclose(table["recall"], recall)
     np.testing.assert_allclose(table["f1"], f1)
     assert table["support"].tolist() == support.tolist() == [2, 3, 0]
-    with pytest.raises(ValueError, match="5 labels but 4 predictions"):
-        per_class_table(labels, answers[:4], classes)
-    with pytest.raises(ValueError, match=r"predictions\[4\] is 3"):
-        per_class_table(labels, [0, 1, 1, 1, 3], classes)
 
 
 # --- the train-validation gap ------------------------------------------------------------------
@@ -407,8 +393,8 @@ def test_per_class_table_even_for_a_class_called_accuracy() -> None:
 @pytest.mark.parametrize(
     ("train", "val", "n", "verdict"),
     [
-        (0.95, 0.70, 1000, "Strong overfitting"),
-        (0.80, 0.72, 2000, "Some overfitting"),
+        (0.95, 0.70, 1000, "Overfitting"),
+        (0.80, 0.72, 2000, "Overfitting"),
         (0.80, 0.74, 50, "Healthy as far as one can tell"),  # 6 points, but 50 images
         (0.83, 0.80, 9000, "Healthy: the gap is real but too small"),
         (0.40, 0.42, 900, "Underfitting"),
@@ -419,7 +405,7 @@ def test_per_class_table_even_for_a_class_called_accuracy() -> None:
     ],
 )
 def test_gap_verdict(train: float, val: float, n: int, verdict: str) -> None:
-    text = gap_verdict(train, val, n)
+    text = gap_verdict(train, val, n, classes=2)
     assert verdict in text
     assert f"{train:.1%}" in text
     assert f"{val:.1%}" in text
@@ -438,18 +424,7 @@ def test_gap_standard_error_is_that_of_two_independent_samples() -> None:
 def test_gap_within_two_standard_errors_is_no_evidence() -> None:
     for n in (20, 200, 2000):
         edge = 2 * gap_standard_error(0.9, 0.9, n)
-        assert "no evidence" in gap_verdict(0.9, 0.9 - 0.9 * edge, n)
-    assert "overfitting:" in gap_verdict(0.9, 0.7, 200)
-    assert "no evidence" in gap_verdict(0.9, 0.7, 20)
+        assert "no evidence" in gap_verdict(0.9, 0.9 - 0.9 * edge, n, classes=2)
+    assert "Overfitting:" in gap_verdict(0.9, 0.7, 200, classes=2)
+    assert "no evidence" in gap_verdict(0.9, 0.7, 20, classes=2)
     assert "no evidence" not in gap_verdict(0.9, 0.7, 20, classes=3)  # fewer than ten a class
-
-
-@pytest.mark.parametrize("numbers", [(1.2, 0.5, 10), (0.5, -0.1, 10), (0.5, 0.5, 0)])
-def test_gap_verdict_refuses_percentages_and_no_images(numbers: tuple[float, float, int]) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        gap_verdict(*numbers)
-
-
-def test_gap_verdict_refuses_nan() -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        gap_verdict(float("nan"), 0.5, 10)

@@ -17,15 +17,13 @@ from emotion_toolbox.settings import (
     forget,
     make_settings,
     neutral,
-    parse_setting,
     setting,
     settings_among,
-    settings_from_json,
     settings_hash,
-    settings_table,
     settings_to_json,
     shaping_values,
 )
+from emotion_transfer.commands.settings import parse_setting, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,12 +103,14 @@ def test_overrides_win_over_a_profile() -> None:
 
 def test_variables_called_like_settings(capsys: pytest.CaptureFixture[str]) -> None:
     """papermill -p CUPS 4 makes a variable beside OVERRIDES; it is taken, and that is said."""
-    names = {"CUPS": 4, "cups": 1, "SUGAR": 2, "OVERRIDES": {}, "Tea": Tea}
+    names = {"CUPS": 4, "SUGAR": 2, "sugar": 1, "OVERRIDES": {}, "Tea": Tea}
     assert settings_among(Tea, names) == {"CUPS": 4}
     assert settings_among(Tea, names, {"CUPS": 9, "ICED": True}) == {"CUPS": 4, "ICED": True}
     assert capsys.readouterr().out == "taken from variables: CUPS = 4\n" * 2
-    assert settings_among(Tea, {"cups": 1}, {"ICED": True}) == {"ICED": True}
+    assert settings_among(Tea, {"cups": Tea}, {"ICED": True}) == {"ICED": True}
     assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r'cups = 3 .*OVERRIDES = {"CUPS": 3}'):
+        settings_among(Tea, {"cups": 3})
 
 
 def test_no_other_variable_of_the_notebook_is_called_like_a_setting() -> None:
@@ -130,6 +130,9 @@ def test_no_other_variable_of_the_notebook_is_called_like_a_setting() -> None:
             if id(node) not in inside
         }
         assert not stored & names, file
+        if file.parent.name == "sections":  # these two hold neither numbers nor texts
+            alike = {name.upper() for name in stored} & names
+            assert alike <= {"DEVICE", "BASELINES"}, file
 
 
 def run_settings_section(names: dict[str, Any], beside: str) -> None:
@@ -161,20 +164,38 @@ def test_parameters_of_papermill_reach_the_configuration(
     assert shaped == expected
 
 
+def cells_after_settings() -> list[ast.Module]:
+    """The code cells of the sections that follow the settings, as trees."""
+    files = sorted(ROOT.glob("notebooks/sections/*.py"))[3:]
+    cells = [cell for file in files for cell in jupytext.read(file).cells]
+    return [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
+
+
+def names_in(tree: ast.AST, context: type[ast.expr_context]) -> set[str]:
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return {node.id for node in found if isinstance(node.ctx, context)}
+
+
 @pytest.mark.parametrize(
     ("beside", "named"),
     [
         ("OVERRIDES = ['EPOCHS', 1]", "OVERRIDES must be"),
         ("OVERRIDES = {'EPOCH': 3}", "did you mean EPOCHS"),
         ("EPOCHS = 'many'", "EPOCHS='many' must be a whole number"),
+        ("epochs = 1", "changes no setting"),
     ],
 )
 def test_what_was_made_before_does_not_outlive_a_wrong_setting(beside: str, named: str) -> None:
     """In a warm kernel, Run All goes on after a cell that failed: later cells must fail too."""
-    names = dict.fromkeys(("cfg", "datasets", "run_dir", "model", "result"), "of the run before")
+    cells = cells_after_settings()
+    made = {name for cell in cells for name in names_in(cell, ast.Store)} | {"cfg"}
+    names = dict.fromkeys(made, object())
     with pytest.raises(ConfigError, match=named):
         run_settings_section(names, beside)
-    assert not {"cfg", "datasets", "run_dir", "model", "result"} & names.keys()
+    using = [cell for cell in cells if names_in(cell, ast.Load) & made]
+    assert len(using) > 20
+    for cell in using:  # each needs something that is gone
+        assert names_in(cell, ast.Load) & (made - names.keys()), ast.unparse(cell)
 
 
 def test_forget() -> None:
@@ -214,7 +235,7 @@ def test_the_hash_is_of_what_shapes_the_result() -> None:
 def test_json() -> None:
     tea = Tea(CUPS=3, ADDED=("lemon",), NOTE="Tee für zwei")
     assert json.loads(settings_to_json(tea))["ADDED"] == ["lemon"]
-    assert settings_from_json(Tea, settings_to_json(tea)) == tea
+    assert make_settings(Tea, json.loads(settings_to_json(tea))) == tea
 
 
 def test_parse_setting_reads_what_the_field_holds() -> None:

@@ -15,15 +15,14 @@ from emotion_toolbox.report import (
     closing_text,
     comparison_table,
     make_run_folder,
-    prediction_table,
     summarise_run,
     write_predictions,
     write_summary,
 )
 from emotion_toolbox.sample import load_data
-from emotion_toolbox.settings import parse_setting
 from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
+from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, cache_size, make_config
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
@@ -67,8 +66,7 @@ def train(settings: dict[str, Any]) -> Path:
         for split, p in found.items()
     }
     test = found["test"]
-    table = prediction_table(datasets["test"], test.labels, test.predicted, test.probabilities)
-    write_predictions(run_dir / "predictions_test.csv", table)
+    write_predictions(run_dir / "predictions_test.csv", datasets["test"], test)
     compared, tests = {}, {}
     for name in cfg.BASELINES:
         p = run_baseline(name, cfg, datasets, run_dir / "baselines")["probabilities"]

@@ -36,7 +36,8 @@ from emotion_transfer.config import EnhancedConfig, cache_size, make_config
 from emotion_toolbox.prepare import prepare_folder
 from emotion_toolbox.settings import forget, settings_among
 
-forget(globals(), "cfg", "datasets", "run_dir", "model", "result")
+made = "cfg listed run_dir keep_figure decoded datasets data train classes model result test_set"
+forget(globals(), *made.split())
 settings = settings_among(EnhancedConfig, globals(), OVERRIDES)
 if PICTURES:
     settings["DATA_ROOT"] = str(prepare_folder(PICTURES))

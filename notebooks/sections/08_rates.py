@@ -25,3 +25,11 @@ mix_off = max(0, cfg.EPOCHS - cfg.MIX_OFF_EPOCHS)
 print(f"{cfg.EPOCHS} epochs of {steps} steps with {cfg.BATCH_SIZE} images each")
 rates = partial(rates_at, cfg, steps=steps)
 keep_figure(plot_schedule(rates, cfg.EPOCHS, steps, thaws, mix_off), name="schedule")
+
+# %% [markdown]
+# > **Try it:** set `LR_BACKBONE` to 0.003, the head's own rate. What happens at the thaw?
+# >
+# > <details><summary>What you should see</summary>On the sample the macro F1 falls from 0.81 to
+# > 0.10 in the first epoch after the thaw, and the validation loss explodes: what ImageNet taught
+# > is gone, and is not learnt again. The best model is that of epoch 1, from before the
+# > thaw.</details>

@@ -17,14 +17,13 @@ from emotion_transfer.intervals import evaluate_predictions, paired_test
 # best epoch was chosen by them; the test figures are the ones to quote.
 
 # %%
-from emotion_toolbox.report import prediction_table, write_predictions
+from emotion_toolbox.report import write_predictions
 
 found = {split: ask(model, datasets[split], amp=result.amp) for split in ("val", "test")}
 measure = partial(evaluate_predictions, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
 metrics = {s: measure(p.labels, p.probabilities, classes) for s, p in found.items()}
 test = found["test"]
-table = prediction_table(test_set, test.labels, test.predicted, test.probabilities)
-write_predictions(run_dir / "predictions_test.csv", table)
+write_predictions(run_dir / "predictions_test.csv", test_set, test)
 pd.DataFrame({split: {m: f"{e:.3f}" for m, e in ms.items()} for split, ms in metrics.items()})
 
 # %% [markdown]
