@@ -1,6 +1,7 @@
 """The eight emotions of Mikels' model, in EmoSet's order, which numbers the classes."""
 
 from collections.abc import Iterable
+from decimal import Decimal
 
 MIKELS_CLASSES: tuple[str, ...] = (
     *("amusement", "awe", "contentment", "excitement"),
@@ -14,6 +15,7 @@ def order_of(labels: Iterable[str]) -> tuple[str, ...]:
     names = set(labels)
     if names == set(MIKELS_CLASSES):
         return MIKELS_CLASSES
-    if all(name.isascii() and name.isdecimal() for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
+    try:
+        return tuple(sorted(names, key=lambda name: (Decimal(name), name)))
+    except ArithmeticError:  # not all of them are numbers
+        return tuple(sorted(names))

@@ -1,20 +1,22 @@
 """Pictures in folders, one folder a class, become the data folder that the notebook reads."""
 
+import filecmp
 import hashlib
 import json
 import os
 import re
-import tempfile
+import shutil
 import unicodedata
+import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from emotion_toolbox.decoding import image_suffixes
@@ -24,25 +26,28 @@ from emotion_toolbox.files import absolute, in_threads, project_root, resolve_pa
 from emotion_toolbox.tables import SPLITS, load_splits, write_split_tables
 
 Names = tuple[str, ...]  # of folders, the outermost first
+Shares = Sequence[float] | None  # of train, val and test
 SPLIT, WHERE = "__split", "__where"  # columns used on the way, never written
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "publictest"), "val"),
-    **dict.fromkeys(("test", "testing", "testset", "privatetest"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "publictest"), "val"),
+    **dict.fromkeys(("eval", "evaluation", "evaluate"), "val"),
+    **dict.fromkeys(("test", "testing", "testset", "holdout", "privatetest"), "test"),
 }
-LITTER = (
-    *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "thumbs.db"),
-    *("desktop.ini", "system volume information"),
+LITTER = frozenset(
+    ("__macosx", "__pycache__", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found")
+    + ("network trash folder", "temporary items", "system volume information", "desktop.ini")
+    + ("thumbs.db", "ehthumbs.db", "icon\r")
 )
 FEW = 10  # validation images of a class; below that, the choice of epoch is mostly chance
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images and labels as found; `left_out` counts what was passed over, by suffix or name.
+    """Images and labels as found, and `facts` about them for stats.json.
 
     `table` has a row an image: `path` (POSIX, from `images_root`), `label`, any further columns,
-    SPLIT ("" where none is given) and WHERE (for messages).
+    SPLIT ("train" where none is given) and WHERE (for messages).
     """
 
     kind: str
@@ -50,12 +55,7 @@ class Source:
     images_root: Path
     table: pd.DataFrame
     classes: Names = ()  # none: those of the training images, as ``order_of`` has them
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Of the folder, or of the file without its suffix."""
-        return self.origin.name if self.origin.is_dir() else self.origin.stem
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def split_of(name: str) -> str:
@@ -68,8 +68,8 @@ def split_of(name: str) -> str:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name was left by a system or a tool."""
-    return name.startswith(".") or name.lower() in LITTER
+    """Whether a system or a tool leaves files or folders of this name."""
+    return re.match(r"\.|@[\w-]+$", name) is not None or name.lower() in LITTER
 
 
 def list_files(top: Path) -> tuple[list[Path], list[Path], Counter[str]]:
@@ -78,18 +78,16 @@ def list_files(top: Path) -> tuple[list[Path], list[Path], Counter[str]]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    images: list[Path] = []
-    others: list[Path] = []
-    litter, suffixes = Counter[str](), image_suffixes()
+    images, others, litter = list[Path](), list[Path](), Counter[str]()
     for folder, below, names in os.walk(top, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
             below.clear()  # a link to a folder around it
             continue
-        litter.update(filter(is_litter, (*below, *names)))
+        litter.update(name.strip() for name in (*below, *names) if is_litter(name))
         litter["empty folder"] += not (below or names)
         below[:] = sorted(name for name in below if not is_litter(name))
         for path in (Path(folder, name) for name in sorted(names) if not is_litter(name)):
-            (images if path.suffix.lower() in suffixes else others).append(path)
+            (images if path.suffix.lower() in image_suffixes() else others).append(path)
     return images, others, +litter
 
 
@@ -107,117 +105,107 @@ def in_words(left_out: Mapping[str, int]) -> str:
 def read_class_folders(root: Path) -> Source:
     """Read `root/CLASS/**`, `root/SPLIT/CLASS/**` or `root/CLASS/SPLIT/**`.
 
-    Raises:
-        DataError: for an image in no class folder, a class folder without images, and where it is
-            not clear which folders are the classes; names the folder and what to do.
+    Raises ``DataError`` for an image in no class folder, and a folder of none among the classes.
     """
     images, others, left_out = list_files(root)
     left_out += count_suffixes(others)
-    home = {path: path.relative_to(root).parts[:-1] for path in (*images, *others)}
-    placed = place_folders(root, {home[path] for path in images}, set(home.values()))
-    known = {placed[home[path]][:2] for path in images}
-    labels, rows = {label for _, label in known if label}, []
+    home = {path: path.relative_to(root).parts[:-1] for path in images}
+    placed = place_folders(root, set(home.values()))
+    labels, rows = {label for _, label in placed.values() if label}, []
     for path in images:
-        split, label, _ = placed[home[path]]
+        split, label = placed[home[path]]
         if label:
             label = unicodedata.normalize("NFC", label.strip())
-            rows.append((path.relative_to(root).as_posix(), label, split, str(path)))
+            rows.append((path.relative_to(root).as_posix(), label, split or "train", str(path)))
         elif split or not home[path] or split_of(home[path][0]) or labels & {*home[path]}:
-            raise DataError(
-                f"{path} lies in no class folder, or beside the splits; move it into the folder of "
-                "its class, or away"
-            )
+            raise DataError(f"{path} lies in no class folder, or beside the splits; move it")
         else:
             left_out[f"in {home[path][0]}/"] += 1  # beside the splits, unlabelled
-    for path in others:
-        if placed[home[path]][1] and placed[home[path]][:2] not in known:
-            kinds = in_words(count_suffixes(p for p in others if home[p] == home[path]))
-            raise DataError(
-                f"{path.parent} has no image that can be read, but {kinds}; if it is a class, "
-                "convert them, else move it away"
-            )
+    tops = {root.joinpath(*h[: h.index(label)]) for h, (_, label) in placed.items() if label}
+    used = {os.path.realpath(f) for f in {f for path in images for f in path.parents}}
+    for folder in (folder for top in sorted(tops) for folder in sorted(top.iterdir())):
+        if folder.is_dir() and os.path.realpath(folder) not in used and not is_litter(folder.name):
+            kinds = in_words(count_suffixes(p for p in others if p.is_relative_to(folder)))
+            text = f"other files: {kinds}; if it is a class, add or convert some, else move it away"
+            raise DataError(f"{folder} has no image that can be read, {text}")
     table = pd.DataFrame(rows, columns=["path", "label", SPLIT, WHERE])
-    return Source("class folders", root, root, table, left_out=left_out)
+    return Source("class folders", root, root, table, facts={"left_out": dict(left_out)})
 
 
-def place_folders(
-    root: Path, filled: set[Names], every: set[Names]
-) -> dict[Names, tuple[str, str, str]]:
-    """(split, class, folder below) of `every` folder, of which `filled` hold images; "" for none.
+def place_folders(root: Path, homes: set[Names]) -> dict[Names, tuple[str, str]]:
+    """(split, class) of the folders with images, "" for none; those around all are passed over.
 
-    Folders around all classes are passed over. Raises ``DataError`` for ambiguous ones.
+    Raises ``DataError`` if it is not clear which are the classes.
     """
-    split = {h: next(filter(None, map(split_of, h)), "") if len(h) > 1 else "" for h in every}
-    said, tops = {split[h] for h in filled}, {split_of(h[0]) for h in filled if h} - {""}
+    split = {h: next(filter(None, map(split_of, h)), "") if len(h) > 1 else "" for h in homes}
+    said, tops = set(split.values()), {split_of(h[0]) for h in homes if h} - {""}
     given = len(tops) > 1 or "train" in said or "" not in said  # else classes are called so
-    parents = {h[:-1] for h in filled}
+    parents = {h[:-1] for h in homes}
     rest: dict[Names, Names] = {}
-    for home in every:
+    for home in homes:
         inner = tuple(n for n in home if not given or split_of(n) != split[home])
         inner = inner or home[-1:] * (home not in parents)  # pictures of trains in train/train/
         rest[home] = inner if split[home] or not given else ()
-    listed = sorted(rest[home] for home in filled if rest[home])
-    outer = tuple(os.path.commonprefix(listed))[: min(map(len, listed), default=1) - 1]
-    placed: dict[Names, tuple[str, str, str]] = {}
+    listed = sorted(filter(None, rest.values()))
+    depth = len(os.path.commonprefix(listed)[: min(map(len, listed), default=1) - 1])
+    placed = {h: (split[h] * given, rest[h][depth] if rest[h] else "") for h in homes}
     inside = defaultdict[str, set[str]](set)
-    for home in sorted(every):
-        names = rest[home][len(outer) :] if rest[home][: len(outer)] == outer else ()
-        label, below = (*names, "", "")[:2]
-        placed[home] = split[home] * given, label, below
-        if home in filled and names:
-            inside[""].add(label)
-            inside[label].add(below)
+    for names in filter(None, rest.values()):
+        inside[""].add(names[depth])
+        inside[names[depth]].add((*names, "")[depth + 1])
     bare = [(name, below) for name, below in sorted(inside.items()) if "" not in below]
     for (one, first), (two, second) in combinations(bare, 2):
-        if len(shared := sorted(first & second)) > 1:
-            home = next(home for home in sorted(filled) if placed[home][1] == two)
+        shared = ", ".join(sorted(first & second - {two}))
+        if shared and len(first | second) > 1:  # cats/images with dogs/images is clear
+            home = next(home for home in sorted(homes) if placed[home][1] == two)
             folder = root.joinpath(*home[: home.index(two) + 1])
             raise DataError(
-                f"{folder} has no images of its own, and {', '.join(shared)} in it are also "
-                f"{'in ' + one if one else 'beside it'}; if these are the classes, give {folder}, "
-                "else put the images into the folders of their classes"
+                f"{folder} has no images of its own, and {shared} in it as {one or root.name} has; "
+                f"give {folder} if these are the classes, else put the images into class folders"
             )
     return placed
 
 
-def find_lacking(source: Source, table: pd.DataFrame) -> list[str]:
-    """Which of test and val have no image in `table`.
-
-    Raises:
-        DataError: if splits are given, and train or both of these lack.
-    """
-    given = sorted(set(table[SPLIT]) - {""})
-    lacking = [part for part in ("test", "val") if part not in given]
-    if given and ("train" not in given or len(lacking) > 1):
+def find_classes(source: Source) -> Names:
+    """The classes in order; ``DataError`` for fewer than two, or a label only in val or test."""
+    table, left_out = source.table, in_words(source.facts.get("left_out", {}))
+    classes = source.classes or order_of(table.loc[table[SPLIT] == "train", "label"])
+    known, unknown = ", ".join(classes) or "none", table[~table["label"].isin(classes)]
+    if len(classes) < 2:
         raise DataError(
-            f"{source.origin} has images for {' and '.join(given)} only; add the others, or have "
+            f"{source.origin} has fewer than two classes to train on ({known}; left out: "
+            f"{left_out}); give the folder of the class folders, or a table with labels, or have "
             "all split anew: --resplit, in a notebook resplit=True"
         )
-    return lacking
+    if len(unknown):
+        where, label = unknown.iloc[0][[WHERE, "label"]]
+        raise DataError(
+            f"{where} has the unknown label {label!r}, which no training image has "
+            f"({len(unknown)} such rows); known: {known}. Correct or remove it"
+        )
+    return classes
 
 
-def assign_splits(
-    source: Source, table: pd.DataFrame, shares: Sequence[float] | None, seed: int
-) -> tuple[pd.DataFrame, str]:
-    """`table` with every SPLIT filled, and in words how that came about.
+def fill_splits(source: Source, shares: Shares, seed: int) -> tuple[pd.DataFrame, str]:
+    """The table with images in val and test, and in words how they came there.
 
-    What lacks of val and test is taken out of train, or of all where no split is given: of every
-    class its part in `shares` (of train, val, test). The default is EmoSet's 80, 5, 15, where val
-    gets ten images of a small class, but at most a fifth. Identical images stay in one split.
-
-    Raises:
-        DataError: if training images lack, or a class is too small to be in every split.
+    What lacks gets of every class its part in `shares` out of train: EmoSet's 80, 5, 15 unless
+    given, but for val ten images of a small class, at most a fifth of it. Identical images stay
+    together. Raises ``DataError`` if a class is too small to be in every split.
     """
-    if not (lacking := find_lacking(source, table)):
+    table = source.table.reset_index(drop=True)
+    lacking = [part for part in ("test", "val") if part not in set(table[SPLIT])]
+    if not lacking:
         return table, "as given by the source"
-    given = bool((table[SPLIT] != "").any())
-    rows = table[table[SPLIT] == ("train" if given else "")]
-    twins = identical_images([source.images_root / path for path in rows["path"]])
-    labels, names = rows["label"].to_numpy(dtype=str), np.full(len(rows), "train", dtype=object)
+    rows = table[table[SPLIT] == "train"]
+    paths = [source.images_root / path for path in rows["path"]]
+    digests = pd.Series(in_threads(digest_file, paths, "looking for identical images"), rows.index)
+    originals = rows[~digests.duplicated()]
+    splits = pd.Series("train", digests[originals.index])
     share = dict(zip(SPLITS, shares or (80, 5, 15), strict=True))
-    whole, random = share["train"] + sum(share[p] for p in lacking), np.random.default_rng(seed)
-    for label in np.unique(labels):
-        own = np.flatnonzero((twins == np.arange(len(rows))) & (labels == label))
+    whole = share["train"] + sum(share[part] for part in lacking)
+    random = np.random.default_rng(seed)
+    for label, own in digests[originals.index].groupby(originals["label"]):
         wanted = {part: share[part] / whole * len(own) for part in lacking}
         if shares is None and "val" in wanted:
             wanted["val"] = max(wanted["val"], min(FEW, len(own) / 5))
@@ -227,124 +215,79 @@ def assign_splits(
                 f"{source.origin} has {len(own)} images of {label}, copies aside, too few to be "
                 f"in train and {' and '.join(lacking)}; add some, or remove the class"
             )
-        names[random.permutation(own)[: sum(numbers)]] = np.repeat(lacking, numbers)
-    taken = names[twins]
-    counts = " and ".join(f"{(taken == part).sum()} {part}" for part in lacking)
+        splits[random.permutation(own)[: sum(numbers)]] = np.repeat(lacking, numbers)
+    table.loc[rows.index, SPLIT], given = digests.map(splits), len(rows) < len(table)
+    counts = " and ".join(f"{(table[SPLIT] == part).sum()} {part}" for part in lacking)
     how = f"{counts} taken from {len(rows)}{' training' * given} images by label, seed {seed}"
-    if (copies := len(rows) - len(np.unique(twins))) > 0:
+    if given and "test" in lacking:
+        how += "; fewer to train on, and figures that are not those of an official test"
+    if copies := len(rows) - len(originals):
         how += f"; {copies} identical copies kept with their twins"
-    filled = table[SPLIT].copy()
-    filled.loc[rows.index] = taken
-    return table.assign(**{SPLIT: filled}), how
+    return table, how
 
 
-def identical_images(paths: Sequence[Path]) -> npt.NDArray[np.int64]:
-    """For each file the position of the first one with the same bytes, int64 [N]."""
-
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    first: dict[bytes, int] = {}
-    digests = in_threads(digest, paths, "looking for identical images")
-    return np.array([first.setdefault(key, i) for i, key in enumerate(digests)], dtype=np.int64)
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits; raises ``DataError`` if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; restore or delete it") from error
 
 
 def write_data(
-    source: Source,
-    output: Path,
-    *,
-    shares: Sequence[float] | None = None,
-    seed: int = 42,
+    source: Source, draft: Path, output: Path, *, shares: Shares = None, seed: int = 42,
     resplit: bool = False,
-    overwrite: bool = False,
-    bring: Callable[[Sequence[Path], Sequence[Path]], object] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the data folder `output` from `source`, and return what its stats.json says.
+) -> dict[str, Any]:  # fmt: skip
+    """Write into `draft` (of ``drafting``) what `output` is to hold, and return its stats.json.
 
-    Args:
-        shares: of train, val and test; `resplit`: whatever splits are given.
-        bring: brings images (from, to) into ``output/images``; without it they stay.
-        facts: more for stats.json.
-
-    Raises:
-        DataError: naming the file, the row and the fix; `output` is then as it was.
+    `resplit`: whatever splits are given. Raises ``DataError`` with the fix.
     """
-    table = source.table.assign(**{SPLIT: ""}) if resplit else source.table
-    find_lacking(source, table)  # before labels are compared with those of training images
-    classes = source.classes or order_of(table.loc[table[SPLIT].isin(["", "train"]), "label"])
-    unknown = table[~table["label"].isin(classes)]
-    if len(unknown) or len(classes) < 2:
-        where, label = unknown.iloc[0][[WHERE, "label"]] if len(unknown) else (source.origin, "")
-        if len(unknown):
-            known = ", ".join(classes)
-            raise DataError(
-                f"{where} has the unknown label {label!r}, which no training image has "
-                f"({len(unknown)} such rows); known: {known}. Correct or remove it"
-            )
-        have = ", ".join(classes) or "none"
-        raise DataError(
-            f"{where} has fewer than two classes to train on ({have}); give the folder whose "
-            "subfolders are the classes (CLASS/*.jpg or train/CLASS/*.jpg), or a table with labels"
-        )
-    table, how = assign_splits(source, table, shares, seed)
-    output, root = absolute(output), source.images_root
-    origins = [root / path for path in table["path"]]
-    if bring or root.is_relative_to(output):
-        inside = Path("images") if bring else root.relative_to(output)
-        table = table.assign(path=[(inside / path).as_posix() for path in table["path"]])
-        root = Path(".")
+    if resplit:
+        source = replace(source, table=source.table.assign(**{SPLIT: "train"}))
+    classes = find_classes(source)
+    table, how = fill_splits(source, shares, seed)
+    root = source.images_root
+    for home in (draft, output):
+        if root.is_relative_to(home):  # the folder can be moved as a whole
+            inside, root = root.relative_to(home), Path(".")
+            table = table.assign(path=[(inside / path).as_posix() for path in table["path"]])
     tables = {s: table[table[SPLIT] == s].drop(columns=[SPLIT, WHERE]) for s in SPLITS}
-    stats: dict[str, Any] = {
-        "name": source.name,
-        "source": f"{source.kind}: {source.origin}",
-        "synthetic": False,
-    }
-    stats |= {"images_root": root.as_posix(), "split": how, "left_out": dict(source.left_out)}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    disk = output if output.is_dir() else output.parent  # a link may lead to another disk
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=disk) as folder:
-        draft = Path(folder)
-        write_split_tables(draft, tables, classes, stats | dict(facts or {}))
-        try:
-            load_splits(draft)  # the notebook's own reader must take it
-        except DataError as error:
-            raise DataError(str(error).replace(str(draft), str(output))) from error
-        refuse_other_set(draft, output, overwrite)
-        if bring:
-            bring(origins, [draft / path for path in table["path"]])
-        written: dict[str, Any] = json.loads((draft / "stats.json").read_text(encoding="utf-8"))
-        put_in_place(draft, output)
+    stats = {"source": f"{source.kind}: {source.origin}", "synthetic": False, "split": how}
+    stats |= {"images_root": root.as_posix(), **source.facts}
+    written = write_split_tables(draft, tables, classes, stats)
+    load_splits(draft)  # the notebook's own reader must take it
     return written
 
 
-def refuse_other_set(draft: Path, output: Path, overwrite: bool) -> None:
-    """Raise ``DataError`` if `output` holds something that `draft` would replace unasked."""
+@contextmanager
+def drafting(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, whose content goes to `output` at the end, unless something is raised.
+
+    Without `overwrite`, ``DataError`` if that would replace another data set.
+    """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file; give a folder as the output")
-    names = [*(f"{split}.csv" for split in SPLITS), "label_map.json", "stats.json"]
-    there = sorted(name for name in names if (output / name).exists())
-    tables = [f"{split}.csv" for split in SPLITS]
-    same = all(
-        (output / name).is_file() and (output / name).read_bytes() == (draft / name).read_bytes()
-        for name in tables
-    )
-    if there and not same and not overwrite:
-        raise DataError(
-            f"{output} holds another data set already ({', '.join(there)}); add --overwrite (in a "
-            "notebook overwrite=True) to replace it, or choose another output"
-        )
-
-
-def put_in_place(draft: Path, output: Path) -> None:
-    """Move what was written to `output`; without train.csv, which comes last, none can be read."""
-    output.mkdir(exist_ok=True)
-    (output / "train.csv").unlink(missing_ok=True)
-    for path in sorted(draft.iterdir(), key=lambda path: path.name == "train.csv"):
-        if (target := output / path.name).is_dir():
-            target.rename(draft / "before")
-        path.replace(target)
+    disk = next(folder for folder in (output, *output.parents) if folder.is_dir())
+    draft, tables = disk / f".prepare-{uuid.uuid4().hex}", [f"{split}.csv" for split in SPLITS]
+    try:
+        yield draft
+        there = ", ".join(sorted(p.name for p in draft.iterdir() if (output / p.name).exists()))
+        same = filecmp.cmpfiles(draft, output, tables, shallow=False)[0] == tables
+        if there and not same and not overwrite:
+            raise DataError(
+                f"{output} holds another data set already ({there}); add --overwrite (in a "
+                "notebook overwrite=True) to replace it, or choose another output"
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "train.csv").unlink(missing_ok=True)  # without it, which comes last, none is read
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == "train.csv"):
+            if (target := output / path.name).is_dir():
+                target.rename(draft / "before")
+            path.replace(target)
+    except DataError as error:
+        raise DataError(str(error).replace(str(draft), str(output))) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def describe(stats: Mapping[str, Any], output: Path) -> str:
@@ -353,9 +296,9 @@ def describe(stats: Mapping[str, Any], output: Path) -> str:
     home, few = project_root(), counts["val"].min()
     shown = output.relative_to(home) if output.is_relative_to(home) else output
     lines = [f"wrote {output} from {stats['source']}", f"splits: {stats['split']}"]
-    lines += [pd.concat([counts, counts.sum().to_frame("all images").T]).to_string()]
-    if stats["left_out"]:
-        lines.append(f"left out: {in_words(stats['left_out'])}")
+    lines.append(pd.concat([counts, counts.sum().to_frame("all images").T]).to_string())
+    if left_out := stats.get("left_out"):
+        lines.append(f"left out: {in_words(left_out)}")
     if few < FEW:
         lines.append(
             f"note: {counts['val'].idxmin()} has {few} validation images; with fewer than about "
@@ -365,20 +308,17 @@ def describe(stats: Mapping[str, Any], output: Path) -> str:
     return "\n".join([*lines, f"In the notebook's parameters cell: OVERRIDES = {line}"])
 
 
-def prepare_folder(folder: str | Path, output: str | Path | None = None, **options: Any) -> Path:
-    """Write the data folder `output` from class folders, say what it holds, and return it.
+def prepare_folder(folder: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
+    """List class folders in ``data/processed/``, say what they hold, and return that list's folder.
 
-    Args:
-        folder: with `CLASS/*.jpg` or `train/CLASS/*.jpg` and so on; relative to here.
-        output: default ``data/processed/`` and the name of `folder`, in the project.
-        options: `shares`, `seed`, `resplit` and `overwrite` of ``write_data``.
-
-    Raises:
-        DataError: naming the folder and the fix; nothing is written then.
+    `folder`, relative to here, has `CLASS/*.jpg`, `train/CLASS/*.jpg` or the like; `options` are
+    `shares`, `seed`, `resplit` of ``write_data``. Raises ``DataError``; nothing is written then.
     """
     source = absolute(Path(folder))
     if not source.is_dir():
         raise DataError(f"{source} is no folder; give one with a subfolder for each class")
-    target = resolve_path(output or f"data/processed/{source.name}")
-    print(describe(write_data(read_class_folders(source), target, **options), target))
+    target = absolute(resolve_path(f"data/processed/{source.name}"))
+    with drafting(target, overwrite=overwrite) as draft:
+        stats = write_data(read_class_folders(source), draft, target, **options)
+    print(describe(stats, target))
     return target

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import resolve_path
-from emotion_toolbox.tables import EmotionData, load_splits, summarise_sizes, write_split_tables
+from emotion_toolbox.tables import EmotionData, load_splits, write_split_tables
 
 SAMPLE_ROOT, DEFAULT_ROOT = "data/sample", "data/processed/EmoSet_splits"
 SAMPLE_VERSION = 2  # raise it whenever the pictures change: older samples are then drawn again
@@ -161,16 +161,14 @@ def sample_plan(recipe: Mapping[str, Any]) -> pd.DataFrame:
 
 def draw_into(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Draw every picture of the recipe into `folder` and write its tables."""
-    plan, sizes = sample_plan(recipe), []
+    plan = sample_plan(recipe)
     for row in tqdm(plan.to_dict("records"), "drawing the sample", unit="image"):
         image = paint_picture(row["label"], row["key"], recipe["size"])
         (folder / row["path"]).parent.mkdir(parents=True, exist_ok=True)
         image.save(folder / row["path"], quality=90)
-        sizes.append(image.size)
     tables = {str(split): rows[["path", "label"]] for split, rows in plan.groupby("split")}
     source = "synthetic sample: drawn by emotion_toolbox/sample.py, not photographs"
     stats = {"source": source, "synthetic": True, "recipe": recipe, "images_root": "."}
-    stats["image_sizes"] = summarise_sizes(sizes)
     write_split_tables(folder, tables, MIKELS_CLASSES, stats)
 
 
@@ -241,7 +239,6 @@ def uses_sample(dataset: str, data_root: str) -> bool:
 def load_data(dataset: str, data_root: str, images_root: str | None = None) -> EmotionData:
     """The splits that these settings point to, drawing the sample where it is due."""
     if uses_sample(dataset, data_root):
-        root = draw_sample(resolve_path(SAMPLE_ROOT))
-        return load_splits(root, name="synthetic sample", synthetic=True)
+        return load_splits(draw_sample(resolve_path(SAMPLE_ROOT)))
     images = None if images_root is None else resolve_path(images_root)
     return load_splits(resolve_path(data_root), images)

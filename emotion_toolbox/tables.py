@@ -11,9 +11,9 @@ import re
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import pandas as pd
 
 from emotion_toolbox.emotions import order_of
 from emotion_toolbox.errors import DataError
+from emotion_toolbox.files import write_text
 
 SPLITS = ("train", "val", "test")
 PATH_COLUMNS = (
@@ -30,8 +31,8 @@ PATH_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "emotion", "class", "target", "category")
 KNOWN_COLUMNS = frozenset({*PATH_COLUMNS, *LABEL_COLUMNS})
-MISSING = frozenset(("nan", "null", "none", "na", "n/a", "#n/a", "nil", "<na>", "missing"))
-Records = list[tuple[int, list[str]]]  # the lines of a table and their values; the header first
+MISSING = ("", "?", "nan", "null", "none", "na", "n/a", "#n/a", "nil", "<na>", "missing", "unknown")
+Records = Sequence[tuple[int, Sequence[str]]]  # line and values of each row, the header first
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,7 @@ class EmotionData:
         return pd.DataFrame(sizes, index=pd.Index(self.classes, name="class"))
 
 
-def load_splits(
-    root: Path,
-    images_root: Path | None = None,
-    *,
-    name: str | None = None,
-    synthetic: bool = False,
-) -> EmotionData:
+def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
     """Read the three splits in `root`, whose paths start at `images_root`.
 
     Labels that may be one and the same are warned of.
@@ -105,63 +100,113 @@ def load_splits(
         DataError: for a missing or malformed file, an unknown label, an empty split, or a path
             that occurs twice, or a class without a training image.
     """
-    images_root = images_root or prepared_images_root(root)
     missing = [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]
     if missing:
         raise DataError(
-            f"{root} lacks {', '.join(missing)}. Write it with `python -m emotion_transfer prepare "
-            f'SOURCE --output {root}`, correct DATA_ROOT, or set DATASET="sample"'
+            f"{root} lacks {', '.join(missing)}. Write a data set with `python -m emotion_transfer "
+            'prepare SOURCE`, which says its DATA_ROOT, or set DATASET="sample"'
         )
+    stats = read_stats(root)
+    images_root = images_root or root / str(stats.get("images_root", "."))
     tables = {s: read_table(root / f"{s}.csv") for s in SPLITS}
     classes = class_order(root, tables["train"])
     splits = {s: make_split(s, root, images_root, tables[s], classes) for s in SPLITS}
     refuse_repeated_paths(splits)
     refuse_untaught_classes(splits["train"], classes)
-    data = EmotionData(name or root.name, root, classes, splits, synthetic)
+    synthetic = stats.get("synthetic") is True
+    name = "synthetic sample" if synthetic else root.name
+    data = EmotionData(name, root, classes, splits, synthetic)
     warn_of_spellings(data.counts().sum(axis="columns"))
     return data
 
 
-def prepared_images_root(root: Path) -> Path:
-    """Where the paths of the CSVs in `root` start, according to its ``stats.json`` if it has one.
+def read_stats(root: Path) -> dict[str, Any]:
+    """What ``stats.json`` in `root` says, as ``write_split_tables`` wrote it; {} if there is none.
 
     Raises:
-        DataError: if that file is there and is not what ``prepare`` writes.
+        DataError: if that file is damaged.
     """
     file = root / "stats.json"
-    if not file.is_file():
-        return root
     try:
-        return root / Path(json.loads(file.read_text(encoding="utf-8")).get("images_root", "."))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is damaged ({error}); delete it and set IMAGES_ROOT") from error
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """A table as text: columns `path`, `label`, `row` (its line), and the others that have names.
+    """A table as text: columns `path`, `label`, the others that have names, `row` (its line).
 
     The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
     """
     return check_records(file, read_csv_records(file))
 
 
+def check_records(file: Path, table_records: Records) -> pd.DataFrame:
+    """What ``read_table`` gives, of the records of any kind of table; ``DataError`` likewise."""
+    (top, names), *records = table_records
+    header = [name.strip() for name in names]
+    header = [name.lower() if name.lower() in KNOWN_COLUMNS else name for name in header]
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise DataError(f"{file} row {top} names the column {twice[0]} twice; rename one of them")
+    chosen = {}
+    for column, accepted in (("path", PATH_COLUMNS), ("label", LABEL_COLUMNS)):
+        found = [name for name in accepted if name in header]
+        if not found:
+            have = ", ".join(header)
+            raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
+        chosen[found[0]] = column
+    if not records:
+        raise DataError(f"{file} lists no image; give it at least one row")
+    for line, values in records:
+        if len(values) != len(header):
+            raise DataError(
+                f"{file} row {line} has {len(values)} values where the header has {len(header)}; a "
+                "value that holds the separator needs double quotes around it"
+            )
+    lines, content = zip(*records, strict=True)
+    table = pd.DataFrame(content, columns=header, dtype=str).rename(columns=chosen)
+    for column in ("path", "label"):
+        check_values(file, column, zip(lines, table[column], strict=True))
+    others = [name for name in table.columns if name not in ("path", "label", "row", "")]
+    labels = table["label"].str.strip().str.normalize("NFC")
+    return table[["path", "label", *others]].assign(label=labels, row=lines)
+
+
+def check_values(file: Path, column: str, values: Iterable[tuple[int, str]]) -> None:
+    """Raise ``DataError`` if a value, which has its line, is blank or swallowed the next lines."""
+    for line, value in values:
+        if not value.strip():
+            raise DataError(f"{file} row {line} has an empty {column}; fill or remove it")
+        if "\n" in value or "\r" in value:
+            raise DataError(
+                f"{file} row {line} has a line break in its {column}, {value[:40]!r}; is a "
+                "quotation mark missing?"
+            )
+        if column == "path" and re.match(r"\s*[\w+.-]{2,}://", value):  # C:// is a disk
+            text = "has an address for a path; save that image, and write where it is:"
+            raise DataError(f"{file} row {line} {text} {value[:80]}")
+
+
 def read_csv_records(file: Path) -> Records:
-    """What stands in a CSV, without blank lines; raises ``DataError`` if it is unreadable or empty.
+    """The records of a CSV, without blank ones.
 
     Commas, semicolons or tabs separate the values, with spaces after them or not.
+
+    Raises:
+        DataError: if the file is unreadable or empty.
     """
-    records: Records = []
-    line = 1
+    records, line = [], 1
     try:
         data = file.read_bytes()
-        text = data.decode("utf-8-sig")
-        if "\0" in text:
-            line = text.count("\n", 0, text.index("\0")) + 1
-            raise ValueError("NUL character; is it UTF-16?")
+        text = re.sub(r"\A\"?sep=.\"?(?=[\r\n])", "", data.decode("utf-8-sig"))  # Excel's line
         spaced = re.search(r'[,;\t] +"', text) is not None  # else a path may begin with a space
-        options: dict[str, Any] = {"delimiter": find_separator(text), "skipinitialspace": spaced}
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=find_separator(text), strict=True,
+            skipinitialspace=spaced,
+        )  # fmt: skip
         for values in reader:
+            if "\0" in "".join(values):
+                raise ValueError("NUL character; is it UTF-16?")
             if len(values) > 1 or "".join(values).strip():
                 records.append((line, values))
             line = reader.line_num + 1
@@ -178,51 +223,9 @@ def read_csv_records(file: Path) -> Records:
 
 def find_separator(text: str) -> str:
     """The separator between the most known names in the first line of a table, else the comma."""
-    header = re.split(r"[\r\n]", text.strip("\r\n "), maxsplit=1)[0].replace('"', "").lower()
+    header = text.strip().partition("\n")[0].replace('"', "").lower()
     names = {mark: {name.strip() for name in header.split(mark)} for mark in ",;\t"}
     return max(names, key=lambda mark: len(names[mark] & KNOWN_COLUMNS))
-
-
-def check_records(file: Path, records: Records) -> pd.DataFrame:
-    """What ``read_table`` gives, of `records` from a table of any kind; ``DataError`` likewise."""
-    (top, names), *rows = records
-    names = [name.strip() for name in names]
-    header = [low if (low := name.lower()) in KNOWN_COLUMNS else name for name in names]
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise DataError(f"{file} row {top} names the column {twice[0]} twice; rename one of them")
-    chosen = []
-    for accepted in (PATH_COLUMNS, LABEL_COLUMNS):
-        found = [header.index(name) for name in accepted if name in header]
-        if not found:
-            have = ", ".join(names)
-            raise DataError(f"{file} has no column {' or '.join(accepted)}; it has: {have}")
-        chosen.append(found[0])
-    if not rows:
-        raise DataError(f"{file} lists no image; give it at least one row")
-    for line, values in rows:
-        if fault := fault_of(values, len(header), chosen):
-            raise DataError(f"{file} row {line} {fault}")
-    others = [i for i, name in enumerate(header) if i not in chosen and name not in ("", "row")]
-    content = [[values[i] for i in (*chosen, *others)] for _, values in rows]
-    columns = ["path", "label", *(header[i] for i in others)]
-    table = pd.DataFrame(content, columns=columns, dtype=str)
-    labels = table["label"].str.strip().str.normalize("NFC")
-    return table.assign(label=labels, row=[line for line, _ in rows])
-
-
-def fault_of(values: Sequence[str], columns: int, chosen: Sequence[int]) -> str:
-    """What is wrong with a record whose path and label are the `chosen` values; "" for nothing."""
-    if len(values) != columns:
-        return (
-            f"has {len(values)} values where the header has {columns}; a value that holds the "
-            "separator needs double quotes around it"
-        )
-    for column, value in zip(("path", "label"), (values[i] for i in chosen), strict=True):
-        if not value.strip():
-            return f"has an empty {column}; fill or remove it"
-        if "\n" in value or "\r" in value:
-            return f"has a line break in its {column}, {value[:40]!r}; is a quotation mark missing?"
-    return ""
 
 
 def class_order(root: Path, train: pd.DataFrame) -> tuple[str, ...]:
@@ -239,25 +242,19 @@ def class_order(root: Path, train: pd.DataFrame) -> tuple[str, ...]:
 def read_label_map(file: Path) -> tuple[str, ...]:
     """The classes of a label map by their numbers; raises ``DataError`` where it is malformed."""
     try:
-        # as pairs, because a name that stands there twice would overwrite itself
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
-    pairs = [p for p in content if isinstance(p, tuple)] if isinstance(content, list) else []
-    names = [unicodedata.normalize("NFC", name) for name, _ in pairs]
-    numbers = [number for _, number in pairs]
-    wanted = '{"first class": 0, "second class": 1, ...}, numbered from 0 without gaps'
-    if not pairs or len(pairs) < len(content) or any(type(n) is not int for n in numbers):
-        raise DataError(f"{file} must be an object {wanted}")
-    if sorted(numbers) != list(range(len(numbers))) or len(numbers) < 2:
-        raise DataError(f"{file} must be {wanted}; it has the numbers {sorted(numbers)}")
-    odd = [name for name in names if name != name.strip() or not name or names.count(name) > 1]
-    if odd:
+    entries = content.items() if isinstance(content, dict) else ()
+    numbers = {unicodedata.normalize("NFC", name): number for name, number in entries}
+    clean = all(type(n) is int and name and name == name.strip() for name, n in numbers.items())
+    if not clean or sorted(numbers.values()) != list(range(max(2, len(numbers)))):
         raise DataError(
-            f"{file} has the class name {odd[0]!r}, which is blank, twice there, or has spaces "
-            "around it; correct it"
+            f'{file} must be {{"first class": 0, "second class": 1, ...}}, numbered from 0 without '
+            "gaps, with no name that is blank or has spaces around it, and is "
+            f"{json.dumps(content, ensure_ascii=False)[:200]}"
         )
-    return tuple(name for _, name in sorted(zip(numbers, names, strict=True)))
+    return tuple(sorted(numbers, key=numbers.__getitem__))
 
 
 def make_split(
@@ -265,8 +262,8 @@ def make_split(
 ) -> Split:
     """A `Split` from the table of its CSV; raises ``DataError`` for a label not in `classes`."""
     file = root / f"{name}.csv"
-    number = {label: i for i, label in enumerate(classes)}
-    unknown = table.loc[~table["label"].isin(list(number))]
+    labels = pd.Index(classes).get_indexer(pd.Index(table["label"])).astype(np.int64)
+    unknown = table[labels < 0]
     if len(unknown):
         row, label = unknown.iloc[0][["row", "label"]]
         same = [name for name in classes if spelling_key(name) == spelling_key(label)]
@@ -275,39 +272,32 @@ def make_split(
             f"known: {', '.join(classes)}. Correct the row"
             + (f" to {same[0]!r}" if same else ", or add the class to label_map.json")
         )
-    labels = np.array([number[label] for label in table["label"]], dtype=np.int64)
-    rows = np.array(table["row"], dtype=np.int64)
     files = [find_image(images_root, listed) for listed in table["path"]]
-    return Split(name, file, images_root, files, labels, rows)
+    return Split(name, file, images_root, files, labels, table["row"].to_numpy(np.int64))
 
 
 def find_image(root: Path, listed: str) -> str:
     """`listed`, or the spelling of it that is in `root`.
 
     Systems write accents in two ways, one turns slashes round, and a table may have spaces around
-    its values. A path without any of these is not looked for.
+    its values. The disk is asked only where there is such a choice.
     """
-    plain = listed.isascii() and "\\" not in listed and listed == listed.strip()
-    if plain or os.path.exists(root / listed):
+    tidy = listed.strip().replace("\\", "/")
+    forms = {listed, *(unicodedata.normalize(form, tidy) for form in ("NFC", "NFD"))}
+    if len(forms) == 1 or os.path.exists(root / listed):
         return listed
-    found = ""
-    for part in PurePosixPath(listed.strip().replace("\\", "/")).parts:
-        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
-        paths = [posixpath.join(found, form) for form in forms]
-        found = next((path for path in paths if os.path.exists(root / path)), "")
-        if not found:
-            return listed
-    return found
+    return next((form for form in forms if os.path.exists(root / form)), listed)
 
 
 def spelling_key(label: str) -> str:
     """What a label has in common with other spellings of it."""
     text = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
     text = "".join(filter(str.isprintable, text))  # without what has no width
+    words = re.sub("[ _-]+", " ", text).strip()
     try:
-        return "missing" if text in MISSING else str(float(text))
+        return "missing" if words in MISSING else str(float(text))
     except ValueError:
-        return text
+        return words
 
 
 def warn_of_spellings(counts: "pd.Series[int]") -> None:
@@ -316,12 +306,11 @@ def warn_of_spellings(counts: "pd.Series[int]") -> None:
     for label, count in counts.items():
         alike[spelling_key(str(label))].append(f"{label!r} ({count} images)")
     for key, labels in alike.items():
-        if len(labels) > 1:
-            text = f"{' and '.join(labels)} may be one label; if so, give them one spelling"
-            warnings.warn(text, stacklevel=3)
-        elif key == "missing":
-            text = f"the label {labels[0]} may stand for none; if so, remove its rows"
-            warnings.warn(text, stacklevel=3)
+        names = " and ".join(labels)
+        if key == "missing":
+            warnings.warn(f"the label {names} may stand for none; if so, remove it", stacklevel=3)
+        elif len(labels) > 1:
+            warnings.warn(f"{names} may be one label; if so, spell it one way", stacklevel=3)
 
 
 def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
@@ -330,13 +319,12 @@ def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
     for split in splits.values():
         for i, listed in enumerate(split.files):
             file = posixpath.normpath(listed)  # a/./b.jpg is a/b.jpg
-            if file in seen:
-                other, j = seen[file]
+            other, j = seen.setdefault(file, (split, i))
+            if other is not split or i != j:
                 raise DataError(
                     f"{split.where(i)} is listed already in {other.where(j)}; remove one of the "
                     "two: an image in two splits is tested on what it was trained on"
                 )
-            seen[file] = (split, i)
 
 
 def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
@@ -350,37 +338,31 @@ def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
         )
 
 
+def csv_text(table: pd.DataFrame) -> str:
+    """What a CSV file of the table holds."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
 def write_split_tables(
     folder: Path,
     tables: Mapping[str, pd.DataFrame],
     classes: Sequence[str],
     stats: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """Write `<split>.csv` for each table (columns path, label, ...), label_map.json and stats.json.
 
-    `stats` is extended by the classes and by the counts by split and class.
+    Returns what stats.json says: `stats`, the classes, and the counts by split and class. While
+    files are replaced there is no train.csv, so that a mixture of two sets is never read.
     """
     counts = {
-        split: {name: int((table["label"] == name).sum()) for name in classes}
+        split: table["label"].value_counts().reindex(list(classes), fill_value=0).to_dict()
         for split, table in tables.items()
     }
-    for split, table in tables.items():
-        table.to_csv(folder / f"{split}.csv", index=False, lineterminator="\n")
-    texts = {
-        "label_map.json": {name: number for number, name in enumerate(classes)},
-        "stats.json": {**stats, "classes": list(classes), "counts": counts},
-    }
-    for name, content in texts.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")
-
-
-def summarise_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Lowest, median and highest width and height in pixels, for stats.json."""
-    table = np.array(sizes, dtype=int).reshape(-1, 2)
-    summary: dict[str, Any] = {"images": len(table)}
-    for name, column in zip(("width", "height"), table.T, strict=True):
-        if len(column):
-            low, middle, high = np.percentile(column, [0, 50, 100])
-            summary[name] = {"min": int(low), "median": float(middle), "max": int(high)}
-    return summary
+    written = {**stats, "classes": list(classes), "counts": counts}
+    numbers = {name: number for number, name in enumerate(classes)}
+    (folder / "train.csv").unlink(missing_ok=True)
+    for name, content in (("label_map.json", numbers), ("stats.json", written)):
+        write_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    for split in reversed(SPLITS):
+        write_text(folder / f"{split}.csv", csv_text(tables[split]))
+    return written

@@ -1,11 +1,17 @@
 """``prepare``: EmoSet folders, class folders and CSVs become the notebook's data folder."""
 
 import errno
+import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
+import unicodedata
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,11 @@ import pytest
 from PIL import Image
 from small_run import listed
 
+from emotion_toolbox import sources
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import project_root
+from emotion_toolbox.prepare import prepare_folder
 from emotion_toolbox.sample import draw_sample
 from emotion_transfer.commands import prepare as command
 from emotion_transfer.config import make_config
@@ -324,6 +332,14 @@ def test_test_is_taken_out_of_training_where_only_it_lacks(tmp_path: Path) -> No
         "train": {"a": 16, "b": 32}, "val": {"a": 1, "b": 1}, "test": {"a": 3, "b": 6}
     }  # fmt: skip
     assert tables(tmp_path / "out")["test"]["path"].str.startswith("train/").all()
+    how = "fewer to train on, and figures that are not those of an official test"
+    assert stats["split"] == f"9 test taken from 57 training images by label, seed 42; {how}"
+
+
+def test_test_and_val_are_taken_out_of_training_where_both_lack(tmp_path: Path) -> None:
+    stats = prepare(class_tree(tmp_path / "set", train__a=40, train__b=40), tmp_path / "out")
+    assert stats["counts"]["val"] == {"a": 8, "b": 8}
+    assert stats["split"] == "12 test and 16 val taken from 80 images by label, seed 42"
 
 
 def test_two_folders_of_one_split_are_both_read(tmp_path: Path) -> None:
@@ -356,6 +372,107 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert line in capsys.readouterr().out
 
 
+LITTER = (
+    *("#snapshot", "@Recently-Snapshot", "@tmp", "RECYCLER", "Network Trash Folder", ".cache"),
+    *("Temporary Items", "__pycache__", "__MACOSX"),
+)
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", happy=9, **{"#sad": 9})
+    for name in LITTER:
+        draw(root / name / "x.png")
+    for name in ("ehthumbs.db", "Icon\r", "Thumbs.db"):
+        (root / "happy" / name).touch()
+    draw(root / "happy/@somebody.jpg")
+    stats = prepare(root, tmp_path / "out")
+    assert stats["classes"] == ["#sad", "happy"]
+    assert {k: sum(c[k] for c in stats["counts"].values()) for k in stats["classes"]} == {
+        "#sad": 9, "happy": 10
+    }  # fmt: skip
+    found = ("Icon", "ehthumbs.db", "Thumbs.db", *LITTER)
+    assert stats["left_out"] == dict.fromkeys(sorted(found), 1) | {}
+
+
+@pytest.mark.parametrize("content", [[], ["Thumbs.db"], ["@eaDir/a.jpg"], ["a.foo", "sub/b.foo"]])
+@pytest.mark.parametrize("place", ["eel", "train/eel", "val/eel"])
+def test_a_class_without_a_usable_image_is_named(
+    tmp_path: Path, place: str, content: list[str]
+) -> None:
+    split = "train__" if "/" in place else ""
+    root = class_tree(tmp_path / "set", **{f"{split}cat": 9, f"{split}dog": 9})
+    if split:
+        class_tree(root, val__cat=1, val__dog=1, test__cat=1, test__dog=1)
+    (root / place).mkdir()
+    for name in content:
+        (root / place / name).parent.mkdir(exist_ok=True)
+        (root / place / name).touch()
+    with pytest.raises(DataError, match=f"{place} has no image that can be read") as caught:
+        prepare(root, tmp_path / "out")
+    assert ("2 *.foo" in str(caught.value)) == ("a.foo" in content)
+
+
+AMBIGUOUS = [
+    {"batch1__angry": 9, "batch1__happy": 9, "batch2__angry": 9},
+    {"batch1__angry": 9, "batch1__happy": 9, "batch2__angry": 9, "batch2__happy": 9},
+    {"angry": 9, "happy": 9, "batch2__angry": 9},
+]
+CLEAR = [
+    {"cats__images": 9, "dogs__images": 9},
+    {"cats__cats": 9, "dogs__dogs": 9},
+    {"set__cats__old": 9, "set__cats__new": 9, "set__dogs": 9},
+]
+
+
+@pytest.mark.parametrize("numbers", AMBIGUOUS)
+def test_folders_that_may_be_classes_or_batches_are_refused(
+    tmp_path: Path, numbers: dict[str, int]
+) -> None:
+    with pytest.raises(DataError, match="batch2 has no images of its own, and angry.* in it"):
+        prepare(class_tree(tmp_path / "set", **numbers), tmp_path / "out")
+
+
+@pytest.mark.parametrize("numbers", CLEAR)
+def test_folders_in_a_class_are_no_classes(tmp_path: Path, numbers: dict[str, int]) -> None:
+    stats = prepare(class_tree(tmp_path / "set", **numbers), tmp_path / "out")
+    assert stats["classes"] == ["cats", "dogs"]
+
+
+def test_links_that_lead_round_end(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "set", cat=9, dog=9)
+    for place in (root / "round", root / "cat" / "round"):
+        place.symlink_to(root)
+    assert sum(prepare(root, tmp_path / "out")["counts"]["train"].values()) == 12
+
+
+def test_a_dead_link_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = class_tree(tmp_path / "set", cat=9, dog=9)
+    (root / "cat/x.jpg").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(DataError, match=r"cat/x\.jpg is a link to nothing .1 of 19 are.; restore"):
+        prepare(root, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"cat/x\.jpg: No such file .*; restore or delete it"):
+        prepare_folder("set")
+    assert sum(prepare(root, tmp_path / "out", "--skip-missing")["counts"]["train"].values()) == 12
+
+
+def test_the_notebook_prepares_a_folder_again_at_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    class_tree(tmp_path / "pets", cat=9, dog=9)
+    written = prepare_folder("pets")
+    assert written == tmp_path / "data/processed/pets"
+    before = everything(written)
+    assert prepare_folder("pets") == written and everything(written) == before
+    class_tree(tmp_path / "pets", eel=9)
+    with pytest.raises(DataError, match="another data set already.*in a notebook overwrite=True"):
+        prepare_folder("pets")
+    assert everything(written) == before
+    prepare_folder("pets", overwrite=True)
+    assert "eel" in json.loads((written / "label_map.json").read_text())
+
+
 def test_class_order(tmp_path: Path) -> None:
     prepare(class_tree(tmp_path / "e", **dict.fromkeys(sorted(MIKELS_CLASSES), 20)), tmp_path / "a")
     prepare(class_tree(tmp_path / "o", zebra=20, ape=20), tmp_path / "b")
@@ -364,8 +481,8 @@ def test_class_order(tmp_path: Path) -> None:
 
 
 FOLDER_FAULTS: list[tuple[str, dict[str, int], str | None, str]] = [
-    ("empty", {}, None, r"fewer than two classes to train on \(none\); give the folder"),
-    ("one class", {"cat": 5}, None, r"fewer than two classes to train on \(cat\)"),
+    ("empty", {}, None, r"fewer than two classes to train on \(none; .*\); give the folder"),
+    ("one class", {"cat": 5}, None, r"fewer than two classes to train on \(cat; "),
     ("loose image", {"cat": 2, "dog": 2}, "x.jpg", r"x\.jpg lies in no class folder"),
     ("loose in a split", {"train__a": 2, "test__a": 1}, "train/x.png", r"x\.png lies in no class"),
     (
@@ -374,8 +491,7 @@ FOLDER_FAULTS: list[tuple[str, dict[str, int], str | None, str]] = [
         None,
         r"more/a/\S+ lies.*beside the splits",
     ),
-    ("train only", {"train__a": 9, "train__b": 9}, None, "images for train only.*--resplit"),
-    ("no train", {"val__a": 9, "test__b": 9}, None, "for test and val only.*--resplit"),
+    ("no train", {"val__a": 9, "test__b": 9}, None, r"train on \(none; .*--resplit"),
     ("new label", {"train__a": 1, "train__b": 1, "val__c": 1}, None, "unknown label 'c'"),
     ("tiny class", {"a": 50, "b": 2}, None, "has 2 images of b, .*too few to be in train and test"),
     (
@@ -415,12 +531,10 @@ def test_a_folder_in_the_notebooks_form_is_named_as_such(tmp_path: Path) -> None
 
 
 def test_what_is_neither_folder_nor_csv(tmp_path: Path) -> None:
-    (tmp_path / "e.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="neither a folder nor a .csv.*; unpack the archive first"):
-        prepare(tmp_path / "e.zip", tmp_path / "out")
-    (tmp_path / "e.xls").write_bytes(b"")
-    with pytest.raises(DataError, match="neither a folder nor a .csv or .tsv file$"):
-        prepare(tmp_path / "e.xls", tmp_path / "out")
+    for name in ("e.rar", "e.xls"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match="neither a folder nor a table .*nor an archive"):
+            prepare(tmp_path / name, tmp_path / "out")
     with pytest.raises(DataError, match="does not exist"):
         prepare(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(DataError, match="--images-root is for a table"):
@@ -462,6 +576,328 @@ def test_csv_without_split_is_split_here(tmp_path: Path) -> None:
     assert found["test"]["label"].value_counts().to_dict() == {"x": 6, "y": 6}
 
 
+SPLIT_COLUMNS = [
+    ("phase", ["train", "validate", "test"], ["train", "val", "test"]),
+    ("stage", ["Train", "eval", "test"], ["train", "val", "test"]),
+    ("data_split", ["training", "dev", "holdout"], ["train", "val", "test"]),
+    ("anything", ["train", "evaluation", "test"], ["train", "val", "test"]),
+    ("anything", ["seg_train", "seg_val", "seg_test"], ["train", "val", "test"]),
+    ("is_train", ["1", "0", "1"], ["train", "test", "train"]),
+    ("train", ["True", "true", "False"], ["train", "train", "test"]),
+    ("is_test", ["no", "yes", "no"], ["train", "test", "train"]),
+    ("is_valid", ["False", "True", "False"], ["train", "val", "train"]),
+    ("is_train,is_val", ["1,0", "0,1", "0,0"], ["train", "val", "test"]),
+    ("is_train,is_val,is_test", ["1,0,0", "0,1,0", "0,0,1"], ["train", "val", "test"]),
+]
+
+
+@pytest.mark.parametrize(("column", "values", "splits"), SPLIT_COLUMNS)
+def test_a_split_that_a_column_gives_is_kept(
+    tmp_path: Path, column: str, values: list[str], splits: list[str]
+) -> None:
+    rows = [f"{i}{label}.png,{label},{values[i % 3]}" for i in range(60) for label in "xy"]
+    prepare(csv_set(tmp_path / "in", "\n".join([f"path,label,{column}", *rows])), tmp_path / "out")
+    found = tables(tmp_path / "out")
+    assert list(found["train"].columns) == ["path", "label"]
+    where = {path: split for split, table in found.items() for path in table["path"]}
+    for i in range(60):
+        given = splits[i % 3]  # what lacks is taken out of train
+        assert where[f"{i}x.png"] == given or (
+            given == "train" and where[f"{i}x.png"] not in splits
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "fault"),
+    [
+        ("data_split", ["train", "", "test", "val"], "row 3 has the split '' in the column"),
+        ("notes", ["train", "test", "nice", "val"], "row 4 has the split 'nice' in the column"),
+        ("is_train,is_test", ["1,0", "1,1", "0,1", "0,1"], "row 3 is in train and test, by is_"),
+        ("train,val,test", ["1,0,0", "0,0,0", "0,0,1", "0,1,0"], "row 3 is in no split, by"),
+    ],
+)
+def test_a_split_of_some_rows_only_is_refused(
+    tmp_path: Path, column: str, values: list[str], fault: str
+) -> None:
+    rows = [f"{i}.png,{'xy'[i % 2]},{value}" for i, value in enumerate(values)]
+    source = csv_set(tmp_path / "in", "\n".join([f"path,label,{column}", *rows]))
+    with pytest.raises(DataError, match=rf"list\.csv {fault}"):
+        prepare(source, tmp_path / "out")
+
+
+def test_columns_that_only_mention_a_split_are_kept(tmp_path: Path) -> None:
+    text = ["a train and a test", "a dog", "", "test drive", "train", "1"]
+    rows = [f"{i}.png,{'xy'[i % 2]},{text[i % 6]},{i % 2}" for i in range(60)]
+    source = csv_set(tmp_path / "in", "\n".join(["path,label,caption,valid", *rows]))
+    prepare(source, tmp_path / "out")
+    assert list(tables(tmp_path / "out")["val"].columns) == ["path", "label", "caption", "valid"]
+
+
+NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+def test_paths_in_another_spelling_are_found(tmp_path: Path) -> None:
+    rows = [f"{NFD}/{i}.png,x,t" for i in range(9)] + [f" b/{i}.png ,y,t" for i in range(9)]
+    for i in range(9):
+        draw(tmp_path / "in" / NFC / f"{i}.png")
+        draw(tmp_path / "in" / "b" / f"{i}.png")
+    (tmp_path / "in/list.csv").write_text("\n".join(["path,label,by", *rows]), encoding="utf-8")
+    stats = prepare(tmp_path / "in/list.csv", tmp_path / "out", "--skip-missing")
+    assert stats["left_out_missing"] == 0
+    paths = pd.concat(tables(tmp_path / "out").values())["path"]
+    assert {path.split("/")[0] for path in paths} == {NFC, "b"}
+
+
+def test_what_is_said_of_a_missing_image(tmp_path: Path) -> None:
+    source = csv_set(tmp_path / "in", "path,label\na0.png,x\nb.png,y\n")
+    (tmp_path / "in/a0.png").rename(tmp_path / "in/A0.PNG")
+    with pytest.raises(DataError, match=r"a0\.png is missing, while A0\.PNG is there \(1 of 2 are"):
+        prepare(source, tmp_path / "out")
+    source.write_text("path,label\nhttps://x.org/a.jpg,x\nb.png,y\n")
+    with pytest.raises(
+        DataError, match=r"row 2 has an address for a path; .* https://x\.org/a\.jpg"
+    ):
+        prepare(source, tmp_path / "out")
+
+
+def test_classes_that_lose_all_images_of_a_split_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{s}{c}.png,{c},{s}" for s in ("train", "val", "test") for c in "xyz"]
+    source = csv_set(tmp_path / "in", "\n".join(["path,label,split", *rows]))
+    for name in ("valx", "testy"):
+        (source.parent / f"{name}.png").unlink()
+    stats = prepare(source, tmp_path / "out", "--skip-missing")
+    assert stats["emptied"] == ["test/y", "val/x"]
+    assert "warning: --skip-missing leaves no image of test/y, val/x\n" in capsys.readouterr().out
+    for name in ("valy", "valz"):
+        (source.parent / f"{name}.png").rename(source.parent / f"{name}.gone")
+    with pytest.raises(DataError, match="no image of test/y, val/x, val/y, val/z; restore some"):
+        prepare(source, tmp_path / "out2", "--skip-missing")  # and none is taken from train
+    for name in ("valy", "valz"):
+        (source.parent / f"{name}.gone").rename(source.parent / f"{name}.png")
+    (source.parent / "trainz.png").unlink()
+    with pytest.raises(DataError, match="no image of test/y, train/z, val/x; restore some"):
+        prepare(source, tmp_path / "out2", "--skip-missing")
+
+
+def rows_of_all_splits(base: str = "") -> list[dict[str, Any]]:
+    """Six rows, two a split."""
+    return [
+        {"file_name": f"{base}{s}{c}.png", "label": c, "split": s, "age": 3, "by": None}
+        for s in ("train", "val", "test") for c in "xy"
+    ]  # fmt: skip
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = rows_of_all_splits()
+    for row in rows:
+        draw(tmp_path / "in" / row["file_name"])
+    text = "\n\n".join(json.dumps(row) for row in rows)
+    for name in ("list.jsonl", "metadata.jsonl"):
+        (tmp_path / "in" / name).write_text(text)
+    prepare(tmp_path / "in/list.jsonl", tmp_path / "a")
+    prepare(tmp_path / "in", tmp_path / "b")
+    assert tables(tmp_path / "a")["val"].to_numpy().tolist() == [
+        ["valx.png", "x", "3", ""], ["valy.png", "y", "3", ""]
+    ]  # fmt: skip
+    assert everything(tmp_path / "a")["test.csv"] == everything(tmp_path / "b")["test.csv"]
+    for bad, fault in (("[1]", r"row 3 is not a JSON object"), ("{", "row 3 is not a JSON object")):
+        (tmp_path / "in/list.jsonl").write_text(f"{json.dumps(rows[0])}\n\n{bad}\n")
+        with pytest.raises(DataError, match=rf"list\.jsonl {fault}"):
+            prepare(tmp_path / "in/list.jsonl", tmp_path / "out")
+    (tmp_path / "in/list.jsonl").write_text('{"file_name": "a.png", "label": null}')
+    with pytest.raises(DataError, match=r"list\.jsonl row 1 has an empty label"):
+        prepare(tmp_path / "in/list.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_in_the_folder_of_each_split(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "set"
+    for split in ("train", "validation", "test"):
+        rows = [{"file_name": f"{c}.png", "label": c} for c in "xy"]
+        for row in rows:
+            draw(root / split / row["file_name"])
+        table = pd.DataFrame(rows)
+        file = root / split / f"metadata.{kind}"
+        if kind == "csv":
+            table.to_csv(file, index=False)
+        else:
+            table.to_json(file, orient="records", lines=True)
+    stats = prepare(root, tmp_path / "out")
+    assert stats["images_root"] == root.as_posix()
+    val = tables(tmp_path / "out")["val"].to_numpy().tolist()
+    assert val == [["validation/x.png", "x"], ["validation/y.png", "y"]]
+
+
+def test_parquet_with_images_as_hugging_face_writes_it(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = {"label": {"names": ["joy", "calm"], "_type": "ClassLabel"}}
+    note = {"huggingface": json.dumps({"info": {"features": features}})}
+    pictures = []
+    for split in ("train", "validation", "test"):
+        rows = []
+        for number in range(2):
+            pictures.append(draw(tmp_path / f"{split}{number}.png").read_bytes())
+            rows.append({"image": {"bytes": pictures[-1], "path": "x.png"}, "label": number})
+        table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(note)
+        (tmp_path / "set/data").mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, tmp_path / f"set/data/{split}-00000-of-00001.parquet")
+    stats = prepare(tmp_path / "set", tmp_path / "out")
+    found = tables(tmp_path / "out")
+    assert [found[s]["label"].tolist() for s in found] == [["joy", "calm"]] * 3
+    paths = [path for table in found.values() for path in table["path"]]
+    assert [(tmp_path / "out" / path).read_bytes() for path in paths] == pictures
+    assert stats["images_root"] == "." and paths[0].endswith(".png")
+    rows = [{"path": "a.png", "label": "x"}, {"path": "b.png", "label": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"list\.parquet row 2 has an empty label"):
+        prepare(tmp_path / "list.parquet", tmp_path / "out2")
+
+
+def test_parquet_without_pyarrow_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "list.parquet").touch()
+    with pytest.raises(DataError, match="needs pyarrow: pip install pyarrow"):
+        prepare(tmp_path / "list.parquet", tmp_path / "out")
+
+
+# --- archives -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "xztar"])
+def test_archives_are_read_as_folders(tmp_path: Path, kind: str) -> None:
+    root = class_tree(tmp_path / "in/pets", cat=9, dog=9)
+    archive = Path(shutil.make_archive(str(tmp_path / "pets"), kind, tmp_path / "in"))
+    stats = prepare(archive, tmp_path / "out")
+    reference = prepare(root, tmp_path / "reference")
+    assert stats["counts"] == reference["counts"]
+    assert stats["source"] == f"class folders: {archive}" and stats["images_root"] == "."
+    for path in tables(tmp_path / "out")["test"]["path"]:
+        assert (tmp_path / "out" / path).read_bytes() == (
+            (root / path.removeprefix("images/pets/")).read_bytes()
+        )
+    with pytest.raises(DataError, match="holds another data set already"):
+        prepare(archive, tmp_path / "out", "--seed", "1")
+    assert command.default_output(archive).name == "pets"
+
+
+def test_an_archive_of_an_official_folder_and_what_is_said_of_its_rows(tmp_path: Path) -> None:
+    root = emoset(tmp_path / "in/EmoSet-118K", 3)
+    archive = Path(shutil.make_archive(str(tmp_path / "EmoSet-118K"), "zip", tmp_path / "in"))
+    stats = prepare(archive, tmp_path / "out")
+    assert stats["classes"] == list(MIKELS_CLASSES)
+    shutil.rmtree(root / "image/awe")
+    archive = Path(shutil.make_archive(str(tmp_path / "b"), "zip", tmp_path / "in"))
+    with pytest.raises(DataError, match=r"b\.zip/EmoSet-118K/train\.json row 5: the image"):
+        prepare(archive, tmp_path / "out2")
+
+
+def tar_with(file: Path, entry: tarfile.TarInfo, data: bytes = b"") -> Path:
+    entry.size = len(data)
+    with tarfile.open(file, "w") as packed:
+        packed.addfile(entry, io.BytesIO(data))
+    return file
+
+
+def zip_with(file: Path, name: str, data: bytes = b"", mode: int = 0) -> Path:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = mode << 16
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(entry, data, zipfile.ZIP_DEFLATED)
+    return file
+
+
+def linked_tar(file: Path, kind: bytes) -> Path:
+    entry = tarfile.TarInfo("cat/x.jpg")
+    entry.type, entry.linkname = kind, "/etc/passwd"
+    return tar_with(file, entry)
+
+
+def locked_zip(file: Path) -> Path:
+    """A .zip whose file says that it needs a password."""
+    zip_with(file, "cat/x.jpg", b"x")
+    data = bytearray(file.read_bytes())
+    for start, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(start) + offset] |= 1
+    file.write_bytes(data)
+    return file
+
+
+def cut_zip(file: Path) -> Path:
+    zip_with(file, "cat/x.jpg", os.urandom(5000))
+    file.write_bytes(file.read_bytes()[:3000])
+    return file
+
+
+def damaged_tar(file: Path) -> Path:
+    tar_with(file, tarfile.TarInfo("cat/x.jpg"), os.urandom(5000))
+    packed = gzip.compress(file.read_bytes())
+    file.write_bytes(packed[:3000])
+    return file
+
+
+def test_what_is_said_of_a_damaged_image_in_an_archive(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "in", cat=9, dog=9)
+    (root / "cat/bad.jpg").write_bytes(b"no image")
+    archive = Path(shutil.make_archive(str(tmp_path / "pets"), "zip", root))
+    (said,) = prepare(archive, tmp_path / "out")["unreadable"]["first"]
+    assert said == "cat/bad.jpg: UnidentifiedImageError: cannot identify image file 'bad.jpg'"
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "up.zip": (lambda f: zip_with(f, "../x.jpg"), "'../x.jpg' leads out of its folder"),
+    "root.zip": (lambda f: zip_with(f, "/x.jpg"), "leads out"),
+    "drive.zip": (lambda f: zip_with(f, "C:\\x.jpg"), "leads out"),
+    "back.zip": (lambda f: zip_with(f, "a\\..\\..\\x.jpg"), "leads out"),
+    "link.zip": (lambda f: zip_with(f, "cat/x.jpg", b"/etc", 0o120777), "is a link or a device"),
+    "locked.zip": (locked_zip, "'cat/x.jpg' needs a password; unpack it first"),
+    "bomb.zip": (lambda f: zip_with(f, "x.jpg", bytes(10**6)), "as a decompression bomb would"),
+    "cut.zip": (cut_zip, "cannot be unpacked .*; is it whole"),
+    "up.tar": (lambda f: tar_with(f, tarfile.TarInfo("a/../../x")), "leads out"),
+    "root.tar": (lambda f: tar_with(f, tarfile.TarInfo("/x.jpg")), "leads out"),
+    "link.tar": (lambda f: linked_tar(f, tarfile.SYMTYPE), "is a link or a device"),
+    "hard.tar": (lambda f: linked_tar(f, tarfile.LNKTYPE), "is a link or a device"),
+    "device.tar": (lambda f: linked_tar(f, tarfile.CHRTYPE), "is a link or a device"),
+    "pipe.tar": (lambda f: linked_tar(f, tarfile.FIFOTYPE), "is a link or a device"),
+    "cut.tar.gz": (damaged_tar, "cannot be unpacked .*; is it whole"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_leave_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SMALL", 10**5)
+    make, message = HOSTILE[name]
+    (tmp_path / "in").mkdir()
+    archive = make(tmp_path / "in" / name)
+    with pytest.raises(DataError, match=message) as caught:
+        prepare(archive, tmp_path / "out")
+    assert str(archive) in str(caught.value)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["in", f"in/{name}"]
+
+
+def test_a_killed_unpacking_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "in", cat=9, dog=9)
+    for i in range(3000):
+        (root / f"cat/{i}.txt").write_text("x")
+    archive = Path(shutil.make_archive(str(tmp_path / "pets"), "gztar", root))
+    words = [sys.executable, "-m", "emotion_transfer", "prepare", str(archive), "--output", "out"]
+    where = {**os.environ, "PYTHONPATH": str(project_root(Path(command.__file__)))}
+    child = subprocess.Popen(words, cwd=tmp_path, env=where)
+    while child.poll() is None and not list(tmp_path.glob(".prepare-*/images/*")):
+        time.sleep(0.001)
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "out").exists()
+    prepare(archive, tmp_path / "out")
+
+
 def test_csv_paths_may_start_elsewhere_or_be_absolute(tmp_path: Path) -> None:
     images = class_tree(tmp_path / "pictures", x=3, y=3)
     kinds = ["train", "val", "test"]
@@ -490,7 +926,7 @@ CSV_FAULTS = [
         "path,label,split\na.png,x,train\nb.png,y,later\n",
         r"row 3 has the split 'later' in.*; write",
     ),
-    ("path,label,split\na.png,x,train\nb.png,x,test\n", r"fewer than two classes .*\(x\); give"),
+    ("path,label,split\na.png,x,train\nb.png,x,test\n", r"fewer than two classes .*\(x; .*; give"),
     (
         "path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\nd.png,x,test\n",
         r"row 4 has the unknown label 'z'.*known: x, y",
@@ -527,8 +963,12 @@ def test_fer2013_becomes_pictures(tmp_path: Path) -> None:
     assert found["train"]["label"].tolist() == ["angry", "happy"]
     for split, usage, label in (("val", "PublicTest", 3), ("test", "PrivateTest", 0)):
         (path,) = found[split]["path"]
-        with Image.open(Path(stats["images_root"]) / path) as image:
+        with Image.open(tmp_path / "out" / path) as image:
             np.testing.assert_array_equal(np.asarray(image), greys[usage, label])
+    assert stats["images_root"] == "."
+    before = everything(tmp_path / "out")
+    prepare(tmp_path / "fer2013.csv", tmp_path / "out")  # the same again
+    assert everything(tmp_path / "out") == before
     whole, no_face = "1 " * 48 * 48, "is no emotion 0 to 6 with 48 x 48 pixels"
     faults = {
         f"7,{whole},Training": no_face,
@@ -544,6 +984,8 @@ def test_fer2013_becomes_pictures(tmp_path: Path) -> None:
     (tmp_path / "faces.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
     with pytest.raises(DataError, match="has 2 images of angry, .*too few"):  # no usage: split here
         prepare(tmp_path / "faces.csv", tmp_path / "out2")
+    names = {"fer2013.csv", "faces.csv", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == names  # nothing beside the table
 
 
 # --- images and output --------------------------------------------------------------------------

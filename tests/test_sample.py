@@ -19,7 +19,6 @@ from emotion_toolbox import sample
 from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.sample import EMOSET_BALANCE, SAMPLE_COUNTS, draw_sample, paint_picture
-from emotion_toolbox.tables import summarise_sizes
 
 FEW = {"train": 3, "val": 1, "test": 2}
 
@@ -60,10 +59,6 @@ def test_stats_say_that_it_is_synthetic_and_count_what_is_there(small: Path) -> 
     for split in ("train", "val", "test"):
         counted = pd.read_csv(small / f"{split}.csv")["label"].value_counts().to_dict()
         assert stats["counts"][split] == counted
-    sizes = [Image.open(p).size for p in small.rglob("*.jpg")]
-    assert stats["image_sizes"]["width"]["min"] == min(w for w, _ in sizes)
-    assert stats["image_sizes"]["height"]["max"] == max(h for _, h in sizes)
-    assert stats["image_sizes"]["width"]["median"] == np.median([w for w, _ in sizes])
 
 
 def test_images_are_rgb_jpegs_of_both_orientations_about_the_size_asked_for(small: Path) -> None:
@@ -251,7 +246,3 @@ def test_pleasant_pictures_tend_to_be_brighter(full: Path) -> None:
     label = light.index.to_series().map(lambda p: Path(p).parent.name)
     means = light.groupby(label).mean()
     assert means[list(MIKELS_CLASSES[:4])].mean() > 1.2 * means[list(MIKELS_CLASSES[4:])].mean()
-
-
-def test_size_summary_of_no_image() -> None:
-    assert summarise_sizes([]) == {"images": 0}
