@@ -347,7 +347,7 @@ def budgets(notebook: NotebookNode) -> dict[str, tuple[int, int]]:
         "longest visible code cell": (max(lines.values(), default=0), 45),
         "the cell of EnhancedConfig": (settings, 75),
         "toolbox cells": (sum(map(is_toolbox, notebook.cells)), 20),
-        "toolbox lines": (sum(folded), 4200),
+        "toolbox lines": (sum(folded), 3850),
         "cells before the first picture of the data": (shown, 35),
         "cells before training starts": (trains, 110),
     }

@@ -1198,7 +1198,7 @@ def test_check_prints_the_budgets(tree: Tree, capsys: pytest.CaptureFixture[str]
         "longest visible code cell": f"{max(count)} of 45",
         "the cell of EnhancedConfig": "5 of 75",
         "toolbox cells": "2 of 20",
-        "toolbox lines": f"{folded} of 4200",
+        "toolbox lines": f"{folded} of 3850",
         "cells before the first picture of the data": f"{at['model-02']} of 35",
         "cells before training starts": f"{at['model-03']} of 110",
     }
@@ -1565,12 +1565,14 @@ def test_the_page_folds_the_toolbox_and_wraps_long_lines(page: str) -> None:
     soup = bs4.BeautifulSoup(page, "html.parser")
     folded = soup.select("details.toolbox")
     lines = [len(textwrap.dedent(TOOLBOX[n]).strip().split("\n")) for n in ("sizes", "areas")]
-    assert [details.summary.text for details in folded if details.summary] == [
+    titles = [details.summary.text for details in folded if details.summary]
+    assert re.fullmatch(r"%%toolbox, \d+ lines", titles[0])  # the cell that defines it
+    assert titles[1:] == [
         f"emotion_toolbox/sizes.py, {lines[0]} lines",
         f"emotion_toolbox/areas.py, {lines[1]} lines",
     ]
     assert not any(details.has_attr("open") for details in folded)
-    assert "class Size" in folded[0].text and "class Size" not in soup.find_all("pre")[-1].text
+    assert "class Size" in folded[1].text and "class Size" not in soup.find_all("pre")[-1].text
     assert re.search(r"pre[^{]*\{[^}]*white-space: pre-wrap", page)
     assert "@media print" in page
 
@@ -1712,6 +1714,26 @@ def test_the_install_cell_asks_for_what_the_notebook_needs(
     there = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *asked]
     result = subprocess.run(there, capture_output=True, text=True)  # all there: nothing is fetched
     assert result.returncode == 0 and "Would install" not in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_papermill_gives_settings(
+    notebook: nbformat.NotebookNode, tiny_root: Path, tmp_path: Path
+) -> None:
+    """`papermill notebook.ipynb out.ipynb -p EPOCHS 1 -p DATA_ROOT DIR`, as far as the data."""
+    pytest.importorskip("papermill")
+    begun = copy.deepcopy(notebook)
+    last = next(i for i, cell in enumerate(begun.cells) if "listed = load_data(" in cell.source)
+    told = "print('told', cfg.EPOCHS, cfg.DATASET, listed.root.name)"
+    begun.cells[last + 1 :] = [nbformat.v4.new_code_cell(told, id="told")]
+    nbformat.write(begun, tmp_path / "in.ipynb")
+    given = {"EPOCHS": "1", "DATA_ROOT": str(tiny_root), "MODEL_NAME": "efficientnet_lite0"}
+    flags = [part for name, value in given.items() for part in ("-p", name, value)]
+    command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-k", "python3", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert text_of(executed.cells[-1]) == f"told 1 files {tiny_root.name}\n"
 
 
 @pytest.mark.slow
