@@ -2,9 +2,9 @@
 
 # %% [markdown]
 # One number says how an image is mixed: `lam`, in MixUp how strong the image itself remains, in
-# CutMix the share of its pixels that stay. Each image draws for itself, not the batch as a whole: whether it is mixed (`MIX_PROB`), how, and
-# how strongly. The last `MIX_OFF_EPOCHS` epochs do without, so that training ends on images like
-# those of the test.
+# CutMix the share of its pixels that stay. Each image draws for itself, not the batch as a whole:
+# whether it is mixed (`MIX_PROB`), how, and how strongly. The last `MIX_OFF_EPOCHS` epochs do
+# without, so that training ends on images like those of the test.
 
 # %%
 from dataclasses import dataclass
