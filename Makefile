@@ -36,7 +36,7 @@ check: .venv/installed
 	$(BIN)/python complete_notebook.py --check
 
 test: lint check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # make bench   measure speed and memory against the peers; BENCH="--half 1" for a part of it
 bench: .venv/installed

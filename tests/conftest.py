@@ -14,7 +14,8 @@ from PIL import Image
 
 from emotion_transfer.config import EnhancedConfig, make_config
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # processes that share the cores
+torch.set_num_threads(max(1, min(2, torch.get_num_threads() // together)))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it only once
 
 TINY_CLASSES = ("calm", "joy", "rage")

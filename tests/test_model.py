@@ -356,7 +356,7 @@ def own_file(form: str, state: dict, folder: Path) -> Path:
     return file
 
 
-SILENT = {"plain", "no counters", "half precision", "an ordered dictionary", "safetensors"}
+SILENT = ("plain", "no counters", "half precision", "an ordered dictionary", "safetensors")
 LOUD = {
     "model": "model.* is read as small, left out: optimizer.state.0.step",
     "model_state_dict": "model_state_dict.* is read as small, left out: loss",

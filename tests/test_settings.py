@@ -192,10 +192,10 @@ def test_what_was_made_before_does_not_outlive_a_wrong_setting(beside: str, name
     names = dict.fromkeys(made, object())
     with pytest.raises(ConfigError, match=named):
         run_settings_section(names, beside)
-    using = [cell for cell in cells if names_in(cell, ast.Load) & made]
-    assert len(using) > 20
-    for cell in using:  # each needs something that is gone
-        assert names_in(cell, ast.Load) & (made - names.keys()), ast.unparse(cell)
+    used = [names_in(cell, ast.Load) - names_in(cell, ast.Store) for cell in cells]
+    assert sum(bool(names & made) for names in used) > 20
+    for cell, needed in zip(cells, used, strict=True):
+        assert needed & (made - names.keys()) or not needed & made, ast.unparse(cell)
 
 
 def test_forget() -> None:
