@@ -30,7 +30,7 @@ def variants(plan: Plan, device: torch.device) -> list[tuple[int, int, str]]:
     found = [(b, 1, amp) for amp in precisions(device) for b in plan.memory_batches]
     largest = plan.memory_batches[-1]
     if largest // PARTS_OF_LARGEST >= 2:
-        found.append((largest, PARTS_OF_LARGEST, precisions(device)[1]))
+        found.append((largest, PARTS_OF_LARGEST, precisions(device)[-1]))
     return found
 
 

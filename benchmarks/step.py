@@ -18,6 +18,7 @@ from benchmarks.plan import Plan
 from benchmarks.settings import bench_config
 from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.cache import ChosenPixels
+from emotion_toolbox.device import cpu_has_bf16
 from emotion_toolbox.tables import Split
 from emotion_transfer.config import EnhancedConfig, cache_size
 from emotion_transfer.engine import Trainer, begin_epoch, train_step
@@ -140,8 +141,10 @@ def largest_costs(plan: Plan, device: torch.device, amp: str, count: int = 8) ->
 
 
 def precisions(device: torch.device) -> list[str]:
-    """float32, and what the device does best."""
-    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    """float32 and, last, what the device does best; a CPU without units for bfloat16 only that."""
+    if device.type != "cuda":
+        return ["off", "bf16"] if cpu_has_bf16() else ["off"]
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     return ["off", "bf16" if native else "fp16"]
 
 
@@ -151,7 +154,7 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
     rows: list[Row] = []
     variants = [(amp, False) for amp in precisions(device)]
     if plan.compiled_steps:
-        variants.append((precisions(device)[1], True))
+        variants.append((precisions(device)[-1], True))
     for amp, compiled in variants:
         steps = make_steps(plan, device, amp, compiled)
         paths = {
@@ -165,4 +168,4 @@ def run(plan: Plan, device: torch.device, work: Path) -> dict[str, Any]:
         del steps, paths
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"rows": rows, "largest_costs": largest_costs(plan, device, precisions(device)[1])}
+    return {"rows": rows, "largest_costs": largest_costs(plan, device, precisions(device)[-1])}

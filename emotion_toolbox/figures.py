@@ -159,8 +159,8 @@ def plot_class_distribution(counts: pd.DataFrame) -> Figure:
         bars = ax.barh(range(len(classes)), column, color=list(class_colours(classes).values()))
         labels = [f"{n:,}  ({n / total:.1%})" for n in column]
         ax.bar_label(bars, labels=labels, padding=3, size=8)
-        title = f"{split}: {total:,} images\n{column.min():,} to {most:,} of a class"
-        ax.set_title(title, size=10, loc="left")
+        least = f"{column.min():,} to " if column.min() < most else ""
+        ax.set_title(f"{split}: {total:,} images\n{least}{most:,} of a class", size=10, loc="left")
         ax.set(xlim=(0, 1.75 * most), xticks=[])
         _name_rows(ax, class_labels(tuple(classes)))
     return fig
@@ -243,7 +243,7 @@ def plot_schedule(
 
 
 def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ()) -> Figure:
-    """Four panels of a run: loss, accuracy, macro F1, and the gap to training.
+    """Three panels of a run: loss, accuracy with the gap to training, and macro F1.
 
     `history` has a row an epoch, counted from 1, with the columns read below (val_ema_* only where
     there are averages).
@@ -256,10 +256,9 @@ def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ())
     panels = {
         "Loss": {"train_loss": "training", "val_loss": "validation"},
         "Accuracy on clean images": {"train_clean_accuracy": "training", "reached": "validation"},
-        "Validation accuracy": {"val_accuracy": "current weights", "val_ema_accuracy": ema},
         "Validation macro F1": {"val_macro_f1": "current weights", "val_ema_macro_f1": ema},
     }
-    fig, axes = new_figure(11, 6, 2, 2)
+    fig, axes = new_figure(12, 3.6, 1, 3)
     gap = f"gap, at the end {table['gap'].iloc[-1]:+.3f}"
     axes[0, 1].fill_between(table.index, table["reached"], clean, color="0.85", label=gap)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):

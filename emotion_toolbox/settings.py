@@ -115,9 +115,9 @@ def settings_among(cls: Any, namespace: Mapping[str, Any], overrides: Any = None
     return {**checked_overrides(overrides), **found}
 
 
-def forget(namespace: dict[str, Any], *names: str) -> None:
+def forget(namespace: dict[str, Any], names: str) -> None:
     """Remove variables, so that nothing made with earlier settings outlives a wrong one."""
-    for name in names:
+    for name in names.split():
         namespace.pop(name, None)
 
 

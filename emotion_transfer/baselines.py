@@ -5,10 +5,11 @@
 #
 # * **majority**: always the most frequent class; costs nothing;
 # * **linear probe**: logistic regression on the features of the *untouched* backbone; costs one
-#   pass over the images. A fine-tune that does not beat it has something wrong with it;
-# * **from random weights**: the same network and recipe without ImageNet, for a few epochs;
-# * **plain fine-tune**: the same backbone, everything trained from the first step at one rate
-#   (1e-4, not tuned), with crops and flips only.
+#   pass over the images. A fine-tune that does not beat it is not worth its time;
+# * **from random weights**: the same network without ImageNet, for a few epochs, all of it trained
+#   from the first step at the head's rate;
+# * **plain fine-tune**: the same backbone, everything trained from the first step at one rate, with
+#   crops and flips only. That rate, 1e-4, is not tuned: a part of the distance to it may be that.
 
 # %%
 import dataclasses
@@ -65,7 +66,7 @@ def linear_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answe
 
 # %% [markdown]
 # The other two run through the engine above with other settings: the plain fine-tune switches off
-# all that this notebook adds.
+# most of what this notebook adds (the cosine, weight decay and clipping stay).
 
 
 # %%

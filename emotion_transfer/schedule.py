@@ -1,12 +1,12 @@
 """The learning rate as a pure function of the position in training."""
 
 # %% [markdown]
-# The learning rate rises linearly over the first epoch (`WARMUP_EPOCHS` is something else: how long
-# the head trains alone), then falls along half a cosine
-# ([Loshchilov and Hutter 2017](https://arxiv.org/abs/1608.03983)). Every thaw starts a new cosine
-# at full height, because newly thawed layers have learning to do, and the last one reaches `MIN_LR`
-# exactly when training ends. It is a function of the position and of nothing else: there is no
-# scheduler object whose state could be lost, rebuilt wrongly or stepped twice.
+# The learning rate falls along half a cosine ([Loshchilov and Hutter
+# 2017](https://arxiv.org/abs/1608.03983)); in the first epoch it is faded in, linearly, on top of
+# that (`WARMUP_EPOCHS` is something else: how long the head trains alone). Every thaw *restarts*
+# the cosine at full height, because newly thawed layers have learning to do, and the last one
+# reaches `MIN_LR` exactly when training ends. It is a function of the position and of nothing else:
+# there is no scheduler object whose state could be lost, rebuilt wrongly or stepped twice.
 
 # %%
 import math

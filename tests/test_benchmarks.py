@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, epoch, input_path, memory, size, torture
+from benchmarks import accuracy, epoch, input_path, memory, size, step, torture
 from benchmarks.figure import save_figure
 from benchmarks.measure import interleave, make_row, peak_anonymous_memory, rate_for
 from benchmarks.pictures import make_files, make_split, repeat_files
@@ -206,7 +206,10 @@ def test_size_is_measured_and_the_index_stated(tmp_path):
     assert size.growth(sets)["index_file_bytes_per_image"] > 50
 
 
-def test_memory_variants_cover_precisions_and_accumulation():
+def test_memory_variants_cover_precisions_and_accumulation(monkeypatch):
+    monkeypatch.setattr(step, "cpu_has_bf16", lambda: False)
+    assert {amp for _, _, amp in memory.variants(QUICK, torch.device("cpu"))} == {"off"}
+    monkeypatch.setattr(step, "cpu_has_bf16", lambda: True)
     found = memory.variants(QUICK, torch.device("cpu"))
     assert {amp for _, _, amp in found} == {"off", "bf16"}
     larger = memory.variants(choose_plan(cuda=False, quick=False), torch.device("cpu"))

@@ -647,18 +647,17 @@ def test_schedule_of_a_run_that_never_trains_the_backbone(rate: tuple[float, flo
 def test_history_draws_all_curves() -> None:
     table = history(40)
     fig = plot_history(table, best_epoch=31, thaws=THAWS)
-    loss, gap, accuracy, f1 = axes_of(fig)
+    loss, gap, f1 = axes_of(fig)
     for ax, drawn in (
         (loss, {"training": "train_loss", "validation": "val_loss"}),
         (gap, {"training": "train_clean_accuracy", "validation": "val_accuracy"}),
-        (accuracy, {"current weights": "val_accuracy", "averaged (EMA)": "val_ema_accuracy"}),
         (f1, {"current weights": "val_macro_f1", "averaged (EMA)": "val_ema_macro_f1"}),
     ):
         for label, column in drawn.items():
             np.testing.assert_allclose(lines(ax)[label].get_ydata(), table[column])
             np.testing.assert_array_equal(lines(ax)[label].get_xdata(), table["epoch"])
-    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epochs done"] * 4
-    assert [events(ax) for ax in axes_of(fig)] == [[3, 10, 31]] * 4
+    assert [ax.get_xlabel() for ax in axes_of(fig)] == ["epochs done"] * 3
+    assert [events(ax) for ax in axes_of(fig)] == [[3, 10, 31]] * 3
     assert legend_of(fig) == [
         "after epoch 3: last stages thaw",
         "after epoch 10: all layers thaw",
@@ -676,7 +675,7 @@ def test_history_of_one_epoch_shows_points_and_no_thaw_to_come() -> None:
 
 
 def test_history_without_averages() -> None:
-    table = history(6).drop(columns=["val_ema_accuracy", "val_ema_macro_f1"])
+    table = history(6).drop(columns="val_ema_macro_f1")
     fig = plot_history(table, best_epoch=0)
     assert_readable(fig)
     assert not any("averaged (EMA)" in lines(ax) for ax in axes_of(fig))

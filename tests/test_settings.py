@@ -200,7 +200,7 @@ def test_what_was_made_before_does_not_outlive_a_wrong_setting(beside: str, name
 
 def test_forget() -> None:
     names = {"cfg": 1, "model": 2, "other": 3}
-    forget(names, "cfg", "model", "never_made")
+    forget(names, "cfg model never_made")
     assert names == {"other": 3}
 
 

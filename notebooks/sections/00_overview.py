@@ -3,8 +3,8 @@
 #
 # ![Training on the built-in sample](docs/first_screen.png)
 #
-# *What a run on the built-in synthetic sample gives: the network's guesses before training and
-# after it. Your own run draws this figure again.*
+# *What a run on the built-in synthetic sample gives, here with EfficientNet-Lite0, a small network
+# whose weights need no download: its guesses before training and after it.*
 #
 # Here a network that has learnt to see on ImageNet (ResNet50 or EfficientNet-B0) learns to tell
 # which of eight emotions a picture evokes. You will learn
@@ -15,8 +15,8 @@
 # - how to read training curves, and how far a test accuracy can be trusted;
 # - how to train on your own pictures, and to use what came out.
 #
-# **Press *Run All*.** It takes some minutes on a laptop, with pictures that the notebook draws
-# itself. [Settings](#Settings) says how to take your own, or EmoSet-118K.
+# **Press *Run All*.** It takes up to half an hour on a laptop without a GPU, with pictures that the
+# notebook draws itself. [Settings](#Settings) says how to take your own, or EmoSet-118K.
 
 # %% [markdown]
 # | part | the question it answers |
@@ -37,11 +37,12 @@
 # | [Summary](#Summary) | what came out, and what next? |
 #
 # **In Colab** choose *Runtime > Change runtime type > GPU* first. To keep your runs, mount Drive in
-# a cell of your own (`from google.colab import drive; drive.mount("/content/drive")`) and set
-# `OUTPUT_ROOT` to a folder on it; leave `CACHE_DIR` where it is, because Drive is slow. **In
+# a first cell of your own (`from google.colab import drive; drive.mount("/content/drive")`) and set
+# `OUTPUT_ROOT` to a folder on it, `/content/drive/MyDrive/runs` say; your own pictures may lie
+# there too. Leave `CACHE_DIR` where it is, because Drive is slow. **In
 # Kaggle** switch on *GPU* and *Internet* in the sidebar; data sets lie in `/kaggle/input/NAME`, and
 # what you write to `/kaggle/working` stays.
 #
-# > This notebook is generated; what you change in it is lost when it is built again. Its sources
-# > are `notebooks/sections/`, `emotion_transfer/` and `emotion_toolbox/`, and `CONTRIBUTING.md`
-# > says how to build it.
+# > Change here what you like. Who works in a checkout of the project changes the sources instead
+# > (`notebooks/sections/`, `emotion_transfer/`, `emotion_toolbox/`), from which this notebook is
+# > built; `CONTRIBUTING.md` says how.

