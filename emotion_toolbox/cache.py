@@ -319,10 +319,8 @@ def add_images(
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save_rows(file, side, rows[:count], array)
                     saved = time.monotonic()
-        except KeyboardInterrupt:
+        finally:
             save_rows(file, side, rows[:count], array)
-            raise
-        save_rows(file, side, rows[:count], array)
     return rows[:count], reasons
 
 

@@ -229,7 +229,8 @@ def fill_splits(source: Source, shares: Shares, seed: int) -> tuple[pd.DataFrame
 def digest_file(path: Path) -> str:
     """The SHA-256 of a file, in hex digits; raises ``DataError`` if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; restore or delete it") from error
 

@@ -162,7 +162,7 @@ def bring_images(how: str, source: Source, images: Path) -> Source:
             in_threads(lambda pair: shutil.copyfile(*pair), pairs, "copying images")
         else:
             in_threads(lambda pair: pair[1].symlink_to(pair[0]), pairs, "linking images")
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise DataError(f"--images {how} does not work here ({error}); leave it out") from error
     return dataclasses.replace(source, images_root=images)
 
