@@ -330,9 +330,8 @@ def as_node(content: Mapping[str, Any]) -> NotebookNode:
 
 def budgets(notebook: NotebookNode) -> dict[str, tuple[int, int]]:
     """How much a reader faces, and the most it may be; lines are those that are not blank."""
-    hidden = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in notebook.cells]
-    folded = [_lines(c) for c, hides in zip(notebook.cells, hidden, strict=True) if hides]
-    cells = [c for c, hides in zip(notebook.cells, hidden, strict=True) if not hides]
+    folded = [_lines(cell) for cell in notebook.cells if is_toolbox(cell)]
+    cells = [cell for cell in notebook.cells if not is_toolbox(cell)]
     code = [cell for cell in cells if cell.cell_type == "code"]
     lines = {cell.id: _lines(cell) for cell in code}
     settings = max((lines.pop(c.id) for c in code if "class EnhancedConfig" in c.source), default=0)
@@ -346,7 +345,7 @@ def budgets(notebook: NotebookNode) -> dict[str, tuple[int, int]]:
         "visible code lines": (sum(lines.values()) + settings, 850),
         "longest visible code cell": (max(lines.values(), default=0), 45),
         "the cell of EnhancedConfig": (settings, 75),
-        "toolbox cells": (sum(map(is_toolbox, notebook.cells)), 20),
+        "toolbox cells": (len(folded), 20),
         "toolbox lines": (sum(folded), 3850),
         "cells before the first picture of the data": (shown, 35),
         "cells before training starts": (trains, 110),

@@ -477,8 +477,8 @@ def spread(count: int) -> list[int]:
 def draw_pictures() -> Result:
     """One picture of every class of the sample can be drawn, encoded and decoded."""
     from emotion_toolbox.decoding import decode_image
-    from emotion_toolbox.emotions import MIKELS_CLASSES
     from emotion_toolbox.sample import paint_picture
+    from emotion_toolbox.tables import MIKELS_CLASSES
 
     for number, label in enumerate(MIKELS_CLASSES):
         file = io.BytesIO()
@@ -514,9 +514,9 @@ def check_disk(setup: Setup) -> Iterator[Result]:
 def cache_bytes(setup: Setup) -> int:
     """Bytes that the image cache still needs: N x side x side x 3, less what is already built."""
     from emotion_toolbox.cache import missing_bytes
-    from emotion_toolbox.emotions import MIKELS_CLASSES
     from emotion_toolbox.files import resolve_path
     from emotion_toolbox.sample import SAMPLE_COUNTS
+    from emotion_toolbox.tables import MIKELS_CLASSES
     from emotion_transfer.config import cache_size
 
     side = cache_size(setup.cfg)

@@ -17,10 +17,10 @@ from torch import nn
 from emotion_toolbox.backbones import BACKBONES, PACKAGED, BackboneSpec, refuse_nonfinite
 from emotion_toolbox.decoding import decode_image, read_image_bytes
 from emotion_toolbox.device import choose_device
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ExportError
 from emotion_toolbox.files import write_atomically, write_text
 from emotion_toolbox.pixels import Floats, prepare_images
+from emotion_toolbox.tables import MIKELS_CLASSES
 
 PRIVATE = ("DATA_ROOT", "IMAGES_ROOT", "OUTPUT_ROOT", "CACHE_DIR", "INIT_FROM", "WEIGHTS")  # paths
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys, half characters

@@ -22,9 +22,9 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from scipy.ndimage import zoom
 
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.files import write_atomically
 from emotion_toolbox.measures import Estimate
+from emotion_toolbox.tables import MIKELS_CLASSES
 
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
 Pictures = Sequence[Picture] | Picture

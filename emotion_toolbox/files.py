@@ -1,10 +1,12 @@
 """Files that are whole or absent, paths that start at the project, and work in threads."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -85,3 +87,24 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], title: str = "") 
         results = pool.map(function, items)
         hidden = None if title and len(items) > 1000 else True  # None: shown on a terminal only
         return list(tqdm(results, title, len(items), unit="image", disable=hidden))
+
+
+def put_in_force(file: Path, namespace: dict[str, Any]) -> None:
+    """Load this package again after `file` of it was edited, also where `namespace` imported it.
+
+    Raises what an edit that fails raises; then `file` is deleted, and what was in force stays.
+    """
+    Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
+    importlib.invalidate_caches()
+    names = [key for key in sys.modules if key.partition(".")[0] == file.parent.name]
+    old = {key: sys.modules.pop(key) for key in names}
+    try:
+        new = {key: vars(importlib.import_module(key)) for key in names}
+    except BaseException:
+        sys.modules.update(old)
+        file.unlink()
+        raise
+    for key in names:
+        before, now = vars(old[key]), new[key]
+        both = before.keys() & now.keys() & namespace.keys()
+        namespace.update({each: now[each] for each in both if namespace[each] is before[each]})

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from emotion_toolbox.emotions import MIKELS_CLASSES, POSITIVE_EMOTIONS
+from emotion_toolbox.tables import MIKELS_CLASSES, POSITIVE_EMOTIONS
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

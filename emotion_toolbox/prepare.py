@@ -20,10 +20,9 @@ import numpy as np
 import pandas as pd
 
 from emotion_toolbox.decoding import image_suffixes
-from emotion_toolbox.emotions import order_of
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import absolute, in_threads, project_root, resolve_path
-from emotion_toolbox.tables import SPLITS, load_splits, write_split_tables
+from emotion_toolbox.tables import SPLITS, load_splits, order_of, write_split_tables
 
 Names = tuple[str, ...]  # of folders, the outermost first
 Shares = Sequence[float] | None  # of train, val and test

@@ -15,13 +15,12 @@ import pandas as pd
 import torch
 
 from emotion_toolbox.batches import EmotionDataset
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.files import resolve_path, write_text
 from emotion_toolbox.keeper import FitResult
 from emotion_toolbox.measures import Estimate, Predictions
 from emotion_toolbox.settings import settings_hash
-from emotion_toolbox.tables import EmotionData
+from emotion_toolbox.tables import MIKELS_CLASSES, EmotionData
 
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "pillow")
 # test accuracy on EmoSet-8, by others: Yang et al., ICCV 2023, tables 3 to 5, unless noted

@@ -14,10 +14,9 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm.auto import tqdm
 
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import resolve_path
-from emotion_toolbox.tables import EmotionData, load_splits, write_split_tables
+from emotion_toolbox.tables import MIKELS_CLASSES, EmotionData, load_splits, write_split_tables
 
 SAMPLE_ROOT, DEFAULT_ROOT = "data/sample", "data/processed/EmoSet_splits"
 SAMPLE_VERSION = 2  # raise it whenever the pictures change: older samples are then drawn again

@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from emotion_toolbox.emotions import order_of
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import write_text
 
+MIKELS_CLASSES: tuple[str, ...] = (  # in EmoSet's order, which numbers the classes
+    *("amusement", "awe", "contentment", "excitement"),
+    *("anger", "disgust", "fear", "sadness"),
+)
+POSITIVE_EMOTIONS = frozenset(MIKELS_CLASSES[:4])
 SPLITS = ("train", "val", "test")
 PATH_COLUMNS = (
     *("path", "image_path", "filepath", "file"),
@@ -33,6 +38,17 @@ LABEL_COLUMNS = ("label", "emotion", "class", "target", "category")
 KNOWN_COLUMNS = frozenset({*PATH_COLUMNS, *LABEL_COLUMNS})
 MISSING = ("", "?", "nan", "null", "none", "na", "n/a", "#n/a", "nil", "<na>", "missing", "unknown")
 Records = Sequence[tuple[int, Sequence[str]]]  # line and values of each row, the header first
+
+
+def order_of(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names in order: EmoSet's for Mikels' eight, by value for numbers, else A to Z."""
+    names = set(labels)
+    if names == set(MIKELS_CLASSES):
+        return MIKELS_CLASSES
+    try:
+        return tuple(sorted(names, key=lambda name: (Decimal(name), name)))
+    except ArithmeticError:  # not all of them are numbers
+        return tuple(sorted(names))
 
 
 @dataclass(frozen=True)

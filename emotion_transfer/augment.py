@@ -81,8 +81,6 @@ def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Flo
 # %%
 def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
     """What is done to each image: a function of its row of `uniforms` [B, AUGMENT_DRAWS] alone."""
-    if uniforms.ndim != 2 or uniforms.shape[1] != AUGMENT_DRAWS:
-        raise ValueError(f"uniforms of shape {uniforms.shape} should be (B, {AUGMENT_DRAWS})")
     u = dict(zip(AUGMENT_COLUMNS, uniforms.T, strict=False))
     theta = draw_affine(cfg, u, uniforms[:, len(AUGMENT_COLUMNS) :])
     swings = 2 * np.stack([u["brightness"], u["contrast"], u["saturation"], u["hue"]], axis=1) - 1

@@ -1,4 +1,4 @@
-"""What a model says of a split, and where in an image it looks."""
+"""What a model says of a split."""
 
 # %% [markdown]
 # Evaluation uses the centre crop and no augmentation, and counts every image exactly once, in
@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from emotion_toolbox.batches import EmotionDataset, batch_slices, fetch_ahead
@@ -39,23 +37,3 @@ def predict(
     logits, truth = torch.cat(scores).cpu().double(), torch.cat(labels).cpu()
     loss = float(F.cross_entropy(logits, truth))
     return Predictions(truth.numpy(), logits.softmax(1).numpy(), loss)
-
-
-# %% [markdown]
-# **Grad-CAM** ([Selvaraju et al. 2017](https://arxiv.org/abs/1610.02391)) asks how much each
-# channel of the last convolutional layer, which still knows *where* things are, speaks for a class,
-# by the gradient, and adds the channels up with these weights. Captum, PyTorch's library for such
-# questions, does the work.
-
-
-# %%
-def grad_cam(
-    model: nn.Module, layer: nn.Module, images: Tensor, classes: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Maps [B, h, w] in 0..1 of what speaks for `classes` [B] in images [B, 3, H, W]."""
-    asked, wanted = images.detach().requires_grad_(), torch.as_tensor(classes).to(images.device)
-    with eval_mode(model), torch.enable_grad():
-        maps = LayerGradCam(model, layer).attribute(asked, wanted, relu_attributions=True)
-    heat = maps.detach()[:, 0].float()
-    highest = heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)  # all 0 where nothing does
-    return np.asarray((heat / highest).clamp(0, 1).cpu().numpy())

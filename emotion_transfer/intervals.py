@@ -77,8 +77,6 @@ def paired_test(
 ) -> PairedTest:  # fmt: skip
     """Compare two models' predicted classes [N] for the same images; a paired bootstrap."""
     y, a, b = (np.asarray(values) for values in (labels, ours, other))
-    if not len(y) == len(a) == len(b):
-        raise ValueError(f"labels, ours and other have {len(y)}, {len(a)} and {len(b)} entries")
     only, n = (int(((a == y) & (b != y)).sum()), int(((a != y) & (b == y)).sum())), len(y)
     shares = np.array([*only, n - sum(only)]) / n
     drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)

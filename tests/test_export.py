@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from small_run import CLASSES, file_datasets, install_small_network, small_config
 
 from emotion_toolbox import export
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ConfigError, ExportError, ImageError
 from emotion_toolbox.export import predict_files, top_classes
 from emotion_toolbox.keeper import load_initial_weights
+from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.commands.predict import network_of
 from emotion_transfer.config import cache_size, make_config
 from emotion_transfer.evaluation import predict

@@ -25,7 +25,6 @@ from matplotlib.text import Text
 from PIL import Image
 
 from emotion_toolbox import figures
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.figures import (
     EMOTION_COLOURS,
     class_colours,
@@ -50,6 +49,7 @@ from emotion_toolbox.figures import (
     save_figure,
 )
 from emotion_toolbox.measures import Estimate, per_class_table, reliability_table
+from emotion_toolbox.tables import MIKELS_CLASSES
 
 pytestmark = pytest.mark.filterwarnings("error")  # a layout that fails only warns
 

@@ -23,11 +23,11 @@ from PIL import Image
 from small_run import listed
 
 from emotion_toolbox import sources
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import project_root
 from emotion_toolbox.prepare import prepare_folder
 from emotion_toolbox.sample import draw_sample
+from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.commands import prepare as command
 from emotion_transfer.config import make_config
 

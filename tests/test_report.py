@@ -18,7 +18,6 @@ from small_run import (
     small_config,
 )
 
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.report import (
@@ -34,6 +33,7 @@ from emotion_toolbox.report import (
     write_predictions,
     write_summary,
 )
+from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict

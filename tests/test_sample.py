@@ -16,9 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from emotion_toolbox import sample
-from emotion_toolbox.emotions import MIKELS_CLASSES
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.sample import EMOSET_BALANCE, SAMPLE_COUNTS, draw_sample, paint_picture
+from emotion_toolbox.tables import MIKELS_CLASSES
 
 FEW = {"train": 3, "val": 1, "test": 2}
 

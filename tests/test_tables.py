@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_run import listed
 
-from emotion_toolbox.emotions import MIKELS_CLASSES, order_of
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.sample import SAMPLE_ROOT, uses_sample
 from emotion_toolbox.sources import read_source
 from emotion_toolbox.tables import (
     LABEL_COLUMNS,
+    MIKELS_CLASSES,
     PATH_COLUMNS,
     SPLITS,
     EmotionData,
+    order_of,
     read_table,
 )
 from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, make_config

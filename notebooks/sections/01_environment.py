@@ -17,11 +17,10 @@ quoted = " ".join(f'"{requirement}"' for requirement in REQUIRED.split())
 get_ipython().run_line_magic("pip", f"install --quiet {quoted}")
 
 # %%
-import timm
 import torch
 import torchvision
 
-print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}")
+print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: on the CPU")
 
 # %% [markdown] tags=["toolbox"]
@@ -32,14 +31,17 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GP
 
 # %% tags=["magic"]
 # @title %%toolbox
-import importlib.util
+import importlib
 import sys
 import tempfile
 from pathlib import Path
 
 from IPython.core.magic import register_cell_magic
 
-FOLDER = globals().get("FOLDER") or tempfile.TemporaryDirectory()  # one a kernel, gone with it
+if "FOLDER" not in globals():
+    FOLDER = tempfile.TemporaryDirectory()  # one a kernel, gone with it
+    for key in [key for key in sys.modules if key.split(".")[0] == "emotion_toolbox"]:
+        del sys.modules[key]  # of a checkout
 sys.path[:] = [FOLDER.name, *(path for path in sys.path if path != FOLDER.name)]
 
 
@@ -47,24 +49,10 @@ sys.path[:] = [FOLDER.name, *(path for path in sys.path if path != FOLDER.name)]
 def toolbox(name: str, text: str) -> None:
     """Make the cell a file of `emotion_toolbox`; an edit is in force wherever it was imported."""
     file = Path(FOLDER.name, "emotion_toolbox", name)
-    if file.exists() and file.read_text("utf-8") == text:
-        return
-    compile(text, str(file), "exec")  # an edit that is no Python changes nothing
-    file.parent.mkdir(exist_ok=True)
-    file.with_name("__init__.py").touch()
-    file.write_text(text, "utf-8")
-    Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
-    importlib.invalidate_caches()
-    names = [key for key in sys.modules if key.split(".")[0] == "emotion_toolbox"]
-    old = {key: sys.modules.pop(key) for key in names}
-    ours = [key for key in names if FOLDER.name in str(old[key].__file__)]
-    try:
-        new = {key: vars(importlib.import_module(key)) for key in ours}
-    except BaseException:  # what was in force stays
-        sys.modules.update(old)
-        file.unlink()
-        raise
-    for key in ours:  # what the notebook has imported from it
-        before, now = vars(old[key]), new[key]
-        both = before.keys() & now.keys() & globals().keys()
-        globals().update({each: now[each] for each in both if globals()[each] is before[each]})
+    if not file.exists() or file.read_text("utf-8") != text:
+        compile(text, str(file), "exec")  # an edit that is no Python changes nothing
+        file.parent.mkdir(exist_ok=True)
+        file.with_name("__init__.py").touch()
+        file.write_text(text, "utf-8")
+        if "emotion_toolbox" in sys.modules:
+            importlib.import_module("emotion_toolbox.files").put_in_force(file, globals())

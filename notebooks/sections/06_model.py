@@ -39,7 +39,7 @@ keep_figure(plot_stages(table, train.pictures([0])[0]), name="model")
 # test pictures are kept here, and stand beside its later ones at the end of [Training](#Training).
 
 # %%
-from emotion_transfer.evaluation import grad_cam, predict
+from emotion_transfer.evaluation import predict
 
 # %%
 test_set = datasets["test"]

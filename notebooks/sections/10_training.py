@@ -31,8 +31,8 @@ keep_figure(curves, name="training")
 # The gap at the best epoch, judged against what chance alone would give with so many pictures:
 
 # %%
-row = result.history.set_index("epoch").loc[result.best_epoch].to_dict()
-clean, gap = row["train_clean_accuracy"], row["gap"]
+best = result.history.set_index("epoch").loc[result.best_epoch]
+clean, gap = best["train_clean_accuracy"], best["gap"]
 print(gap_verdict(clean, clean - gap, len(datasets["val"]), len(classes)))
 
 # %% [markdown]

@@ -72,21 +72,24 @@ answers = (test.labels[worst], test.predicted[worst], confidence[worst])
 keep_figure(plot_mistakes(test_set.pictures(worst), *answers, classes), name="mistakes")
 
 # %% [markdown]
-# **Where does it look?** Bright places speak for the answer. A network that looks at a frame or a
-# watermark has learnt the wrong thing, however good its accuracy.
+# **Where does it look?** *Grad-CAM* ([Selvaraju et al. 2017](https://arxiv.org/abs/1610.02391))
+# asks how much each channel of the last convolutional layer, which still knows *where* things are,
+# speaks for the answer, by the gradient, and adds the channels up with these weights
+# (`grad_cam??`). A network that looks at a frame or a watermark has learnt the wrong thing, however
+# good its accuracy.
 
 # %%
+from emotion_toolbox.explain import grad_cam
 from emotion_toolbox.figures import plot_gradcam
 from emotion_toolbox.pixels import prepare_images
 
-first = [int(np.flatnonzero(test.labels == c)[0]) for c in np.unique(test.labels)][:8]
-batch, spec = test_set.batch(first), model.spec
-inputs = prepare_images(batch.images, cfg.IMG_SIZE, spec.mean, spec.std)
+images, spec = test_set.batch(eight).images, model.spec
+inputs = prepare_images(images, cfg.IMG_SIZE, spec.mean, spec.std)
 last_stage = model.stage_modules()[list(spec.stages)[-1]][-1]
 device = next(model.parameters()).device
-heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[first])
+heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[eight])
 titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]} ({confidence[i]:.0%})"
-          for i in first]  # fmt: skip
+          for i in eight]  # fmt: skip
 keep_figure(plot_gradcam(denormalise(inputs, spec.mean, spec.std), heat, titles), name="grad_cam")
 
 # %% [markdown]

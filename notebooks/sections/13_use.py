@@ -17,8 +17,7 @@ folder = run_dir / "export"
 export_model(folder, model, classes, recorded, cache_size(cfg), summary)
 exported = load_export(folder, lambda s, count: build_model(make_config(s), count))
 answer = predict_files(exported, [test_set.split.path(0)])[0]
-print(f"largest difference: {abs(answer - test.probabilities[0]).max():.1e}")
-[file.name for file in folder.iterdir()]
+print(f"{folder}: largest difference {abs(answer - test.probabilities[0]).max():.1e}")
 
 # %% [markdown]
 # Now **your own picture**: write its path here, or use the button where your Jupyter shows one.
