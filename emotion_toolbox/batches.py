@@ -6,11 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from emotion_toolbox.backbones import BackboneSpec
 from emotion_toolbox.cache import (
     ChosenPixels,
     DecodedData,
@@ -24,7 +22,6 @@ from emotion_toolbox.cache import (
 from emotion_toolbox.draws import balanced_order, epoch_order
 from emotion_toolbox.errors import DataError
 from emotion_toolbox.files import count_threads, resolve_path
-from emotion_toolbox.pixels import prepare_images
 from emotion_toolbox.tables import EmotionData, Split
 
 
@@ -151,17 +148,3 @@ def fetch_ahead(
         return Batch(images, labels, rows)
 
     return work_ahead(fetch, slices, threads=1, depth=depth, name="fetch-ahead")
-
-
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, dataset: EmotionDataset, spec: BackboneSpec, size: int, batch_size: int
-) -> npt.NDArray[np.float32]:
-    """Pooled features [N, F] of the centre crops of all images, at `size` pixels."""
-    device, features = next(backbone.parameters()).device, []
-    slices = batch_slices(np.arange(len(dataset)), batch_size)
-    batches, label = fetch_ahead(dataset, slices, device), f"features {dataset.split.name}"
-    for batch in tqdm(batches, label, len(slices), leave=False, unit="batch"):
-        images = prepare_images(batch.images, size, spec.mean, spec.std)
-        features.append(backbone(images).float().cpu().numpy())
-    return np.concatenate(features)

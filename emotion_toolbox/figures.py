@@ -245,7 +245,7 @@ def plot_schedule(
 def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ()) -> Figure:
     """Three panels of a run: loss, accuracy with the gap to training, and macro F1.
 
-    `history` has a row an epoch, counted from 1, with the columns read below (val_ema_* only where
+    `history` has a row an epoch, 0 being the start, with the columns read below (val_ema_* only where
     there are averages).
     """
     table = history.set_index("epoch")
@@ -273,12 +273,12 @@ def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ())
 
 
 def plot_curves(curves: Mapping[str, Any], title: str) -> Figure:
-    """One line a run: what `title` says, such as *validation accuracy*, after every epoch [E]."""
+    """One line a run: what `title` says, as *validation accuracy*, at the start and after each epoch."""
     fig, [[ax]] = new_figure(6.5, 3.4)
     for (name, values), colour in zip(curves.items(), OKABE_ITO[::-1], strict=False):
         label = fit_text(f"best {max(values):.3f}: {name.replace('_', ' ')}", 3.5, 8)
-        ax.plot(range(1, len(values) + 1), values, ".-", label=label, color=colour)
-    _finish_panel(ax, title, max(map(len, curves.values())))
+        ax.plot(values, ".-", label=label, color=colour)
+    _finish_panel(ax, title, max(map(len, curves.values())) - 1)
     return fig
 
 

@@ -53,7 +53,7 @@ class Progress:
     step: int = 0  # within the epoch; the number of steps done
     best_score: float = -math.inf
     best_loss: float = math.inf  # of that epoch; decides between equal scores
-    best_epoch: int = -1
+    best_epoch: int = -1  # that of the start, which comes before epoch 0
     best_source: str = "raw"  # or "ema"
     best_file: str | None = None
     waiting: int = 0  # epochs without a better score since everything trains
@@ -82,8 +82,9 @@ class Progress:
     def result(self, amp: str, device: str) -> "FitResult":
         """The run summed up."""
         history = pd.DataFrame(self.history)
-        seconds = history["seconds"].sum()
-        speed = np.average(history["images_per_second"], weights=history["seconds"])
+        trained = history[history["epoch"] > 0]
+        seconds = trained["seconds"].sum()
+        speed = np.average(trained["images_per_second"], weights=trained["seconds"])
         return FitResult(
             history, self.best_epoch + 1, self.best_source, self.best_score, amp, device,
             float(seconds), float(speed), self.finished,
@@ -94,8 +95,8 @@ class Progress:
 class FitResult:
     """The outcome of a run; the best weights are in the model that was trained."""
 
-    history: pd.DataFrame  # one row an epoch
-    best_epoch: int  # from 1
+    history: pd.DataFrame  # one row an epoch; 0 is the start
+    best_epoch: int
     best_source: str  # "raw" or "ema"
     best_score: float
     amp: str
@@ -107,10 +108,11 @@ class FitResult:
 
 def epoch_line(row: Mapping[str, Any], epochs: int, best: bool) -> str:
     """An epoch in one line of at most 80 characters; `best` marks it."""
-    ema = row.get("val_ema_macro_f1")
+    ema, loss = row.get("val_ema_macro_f1"), row.get("train_loss")
     average = f" (average {ema:.3f})" if ema is not None else ""
     return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, val {row['val_loss']:.3f}, "
+        f"epoch {row['epoch']}/{epochs}: {'start' if loss is None else f'loss {loss:.3f}'}, "
+        f"val {row['val_loss']:.3f}, "
         f"F1 {row['val_macro_f1']:.3f}{average}, gap {row['gap']:+.2f}{' *' if best else ''}"
     )
 
@@ -390,7 +392,8 @@ class Keeper:
             with self._writing():
                 file = save_with_digest(self.folder, stem, {**payload, "epoch": progress.epoch})
                 progress.best_score, progress.best_loss = score, loss
-                progress.best_epoch, progress.best_file = progress.epoch, file.name
+                progress.best_epoch = progress.epoch if progress.history else -1  # the start
+                progress.best_file = file.name
                 progress.best_source = payload["source"]
 
     def load_best(self, progress: Progress) -> dict[str, Any]:

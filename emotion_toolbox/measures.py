@@ -1,16 +1,14 @@
 """What predictions are worth: figures of confusion matrices, calibration, the gap."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_recall_fscore_support
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from emotion_toolbox.tables import MIKELS_CLASSES, POSITIVE_EMOTIONS
 
@@ -41,6 +39,12 @@ class Estimate:
     def to_json(self) -> dict[str, float]:
         """``{"value": ..., "low": ..., "high": ...}``, ready for ``json.dumps``."""
         return asdict(self)
+
+
+def percentile_interval(value: float, resampled: npt.ArrayLike) -> Estimate:
+    """`value` between the 2.5th and the 97.5th percentile of `resampled`."""
+    low, high = np.quantile(np.asarray(resampled), (0.025, 0.975))
+    return Estimate(float(value), float(low), float(high))
 
 
 def check_probabilities(probabilities: npt.ArrayLike) -> Floats:
@@ -197,18 +201,6 @@ def most_confused_pairs(
     return table.assign(share=share).nlargest(top, "count").reset_index(drop=True)
 
 
-def fit_probe(
-    features: Mapping[str, npt.NDArray[np.float32]], labels: Mapping[str, Labels]
-) -> tuple[Pipeline, float]:
-    """Standardisation and logistic regression, with the C that is best on the validation split."""
-    probes = {}
-    for strength in np.logspace(-4, 0, 9):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-        probes[strength] = probe.fit(features["train"], labels["train"])
-    best = max(probes, key=lambda c: probes[c].score(features["val"], labels["val"]))
-    return probes[best], float(best)
-
-
 def gap_standard_error(train_accuracy: float, val_accuracy: float, n: int) -> float:
     """Standard error of the difference of two accuracies on `n` images each.
 
@@ -261,3 +253,27 @@ def gap_advice(train_accuracy: float, gap: float, noise: float) -> str:
     if not real:
         return "Healthy as far as one can tell: a gap within the noise is no evidence against it."
     return "Healthy: the gap is real but too small to act on; keep the settings."
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """The accuracy of one model minus that of another on the same images."""
+
+    difference: Estimate
+    ours_only: int  # images that only our model gets right
+    other_only: int
+    p_value: float  # two-sided, exact McNemar
+
+
+def paired_test(
+    labels: npt.ArrayLike, ours: npt.ArrayLike, other: npt.ArrayLike, *, resamples: int = 2000,
+    seed: int = 0,
+) -> PairedTest:  # fmt: skip
+    """Compare two models' predicted classes [N] for the same images; a paired bootstrap."""
+    y, a, b = (np.asarray(values) for values in (labels, ours, other))
+    only, n = (int(((a == y) & (b != y)).sum()), int(((a != y) & (b == y)).sum())), len(y)
+    shares = np.array([*only, n - sum(only)]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
+    difference = percentile_interval((only[0] - only[1]) / n, (drawn[:, 0] - drawn[:, 1]) / n)
+    p_value = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+    return PairedTest(difference, *only, float(p_value))

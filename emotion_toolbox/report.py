@@ -115,7 +115,7 @@ def summarise_run(
         "model": settings["MODEL_NAME"],
         "weights": Path(settings["INIT_FROM"] or settings["WEIGHTS"] or "none").name,
         "classes": list(data.classes),
-        "epochs": len(result.history),
+        "epochs": int(result.history["epoch"].max()),
         "best_epoch": result.best_epoch,
         "best_source": result.best_source,
         "finished": result.finished,

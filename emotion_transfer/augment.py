@@ -20,7 +20,7 @@ from emotion_toolbox.pixels import (
     ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, chunks,
     colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
 )  # fmt: skip
-from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.config import EnhancedConfig, train_size
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
     colour = [1, 1, 1, 0] + swings * [cfg.BRIGHTNESS, cfg.CONTRAST, cfg.SATURATION, cfg.HUE]
     blur = np.where(u["blur"] < cfg.BLUR_PROB, between(BLUR_SIGMA, u["blur_sigma"]), 0.0)
     where = [u["erase_area"], u["erase_ratio"], u["erase_x"], u["erase_y"]]
-    boxes = random_boxes(cfg.IMG_SIZE, ERASE_AREA, ERASE_RATIO, *where)
+    boxes = random_boxes(train_size(cfg), ERASE_AREA, ERASE_RATIO, *where)
     erase = np.where(u["erase"][:, None] < cfg.ERASE_PROB, boxes, 0)
     floats = [part.astype(np.float32) for part in (theta, colour, blur)]
     return Augmentation(*map(torch.from_numpy, (*floats, erase)))

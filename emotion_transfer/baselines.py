@@ -13,28 +13,20 @@
 
 # %%
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-
-from emotion_toolbox.backbones import BACKBONES, make_backbone
-from emotion_toolbox.batches import EmotionDataset, extract_features
-from emotion_toolbox.device import choose_device
 from emotion_toolbox.keeper import keep_result
-from emotion_toolbox.measures import fit_probe
 from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
-from emotion_transfer.model import build_model
+from emotion_transfer.model import Answer, Datasets, build_model, find_probe
 
 SCRATCH_EPOCHS = 4  # at most; it shows where the curve begins, not where it would end
-Datasets = Mapping[str, EmotionDataset]
-Answer = dict[str, Any]  # probabilities [N, C] of the test images, a note and, of training, a curve
 
 
 def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
@@ -46,35 +38,17 @@ def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 
 
 # %% [markdown]
-# The probe needs each image's features once. How strongly the regression is regularised is chosen
-# on the validation split, never on the test split.
-
-
-# %%
-def linear_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
-    """Logistic regression on the frozen backbone's features."""
-    torch.manual_seed(cfg.SEED)  # for random weights, where WEIGHTS is None
-    backbone = make_backbone(cfg.MODEL_NAME, cfg.WEIGHTS).to(choose_device(cfg.DEVICE)).eval()
-    spec = BACKBONES[cfg.MODEL_NAME]
-    features = {name: extract_features(backbone, data, spec, cfg.IMG_SIZE, cfg.BATCH_SIZE)
-                for name, data in datasets.items()}  # fmt: skip
-    probe, strength = fit_probe(features, {n: d.split.labels for n, d in datasets.items()})
-    answer = np.zeros((len(features["test"]), len(datasets["test"].classes)))
-    answer[:, probe.classes_] = probe.predict_proba(features["test"])
-    return {"probabilities": answer, "note": f"logistic regression, C = {strength:.2g}"}
-
-
-# %% [markdown]
-# The other two run through the engine above with other settings: the plain fine-tune switches off
-# most of what this notebook adds (the cosine, weight decay and clipping stay).
+# The probe is the one that training began with. The other two run through the engine above with
+# other settings: the plain fine-tune switches off most of what this notebook adds (the cosine,
+# weight decay and clipping stay).
 
 
 # %%
 def scratch_config(cfg: EnhancedConfig) -> EnhancedConfig:
     """The same recipe from random weights: all of it trains from the start, at the head's rate."""
     return dataclasses.replace(
-        cfg, WEIGHTS=None, INIT_FROM=None, LR_BACKBONE=cfg.LR_HEAD, BACKBONE_BATCHNORM="train",
-        EPOCHS=min(cfg.EPOCHS, SCRATCH_EPOCHS), WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
+        cfg, WEIGHTS=None, INIT_FROM=None, START="random", EPOCHS=min(cfg.EPOCHS, SCRATCH_EPOCHS),
+        LR_BACKBONE=cfg.LR_HEAD, BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
     )  # fmt: skip
 
 
@@ -85,9 +59,9 @@ def plain_config(cfg: EnhancedConfig) -> EnhancedConfig:
            "ERASE_PROB")  # fmt: skip
     without: dict[str, Any] = dict.fromkeys(off, 0.0)
     return dataclasses.replace(
-        cfg, **without, HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4, BALANCE="none",
-        BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0), PATIENCE=cfg.EPOCHS,
-        INIT_FROM=None,
+        cfg, **without, START="random", HEAD="linear", LR_HEAD=1e-4, LR_BACKBONE=1e-4,
+        BALANCE="none", TRAIN_SIZE=None, BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0,
+        THAW_EPOCHS=(0, 0), PATIENCE=cfg.EPOCHS, INIT_FROM=None,
     )  # fmt: skip
 
 
@@ -109,7 +83,7 @@ def trained(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 # %%
 BASELINE_MAKERS: dict[str, Callable[[EnhancedConfig, Datasets, Path], Answer]] = {
     "majority": majority,
-    "linear_probe": linear_probe,
+    "linear_probe": find_probe,
     "from_scratch": lambda cfg, data, folder: trained(scratch_config(cfg), data, folder),
     "plain_finetune": lambda cfg, data, folder: trained(plain_config(cfg), data, folder),
 }

@@ -23,8 +23,6 @@ COMPARED = ("majority", "linear_probe", "from_scratch", "plain_finetune")
 # %%
 @dataclass(frozen=True)
 class EnhancedConfig:
-    """All settings of one run."""
-
     # What to train on
     DATASET: str = neutral("auto", "your files in DATA_ROOT, or the sample", choices=DATASETS)
     DATA_ROOT: str = neutral("data/processed/EmoSet_splits", "folder of the three CSV files")
@@ -38,13 +36,15 @@ class EnhancedConfig:
     MODEL_NAME: str = setting("resnet50", "the pretrained network", choices=MODELS)
     WEIGHTS: str | None = setting("DEFAULT", "a torchvision name, a file, or None: random numbers")
     IMG_SIZE: int = setting(224, "side of what the network sees, in pixels", low=32, high=1024)
+    TRAIN_SIZE: int | None = setting(None, "side in training; None: the same", low=32, high=1024)
     BATCH_SIZE: int = setting(32, "images in a training step", low=2, high=65536)
     EPOCHS: int = setting(40, "passes over the training images", low=1, high=10000)
     SEED: int = setting(42, "all that is random follows from it", low=0, high=2**32 - 1)
     RUN_NAME: str = neutral("auto", "folder; auto: data, network and a hash", plain_name=True)
     OUTPUT_ROOT: str = neutral("outputs", "where the folders of runs are")
     INIT_FROM: str | None = setting(None, "export or best-*.pt of a run, to begin with its weights")
-    # Optimisation
+    # Optimisation and regularisation
+    START: str = setting("probe", "what the new head begins as", choices=("probe", "random"))
     LR_BACKBONE: float = setting(3e-5, "learning rate of the pretrained layers", low=0, high=10)
     LR_HEAD: float = setting(3e-3, "learning rate of the new head", low=1e-12, high=10)
     MIN_LR: float = setting(1e-6, "where each cycle of the learning rates ends", low=0, high=1)
@@ -55,7 +55,6 @@ class EnhancedConfig:
     ACCUMULATE: int = setting(1, "parts of a batch, in turn; saves memory", low=1, high=1024)
     PATIENCE: int = setting(8, "epochs without a better one before it stops", low=1, high=10000)
     MONITOR: str = setting("macro_f1", "what chooses the best epoch", choices=MONITORS)
-    # Regularisation
     DROPOUT: float = setting(0.4, "share of the head's inputs set to zero", low=0, high=0.95)
     LABEL_SMOOTHING: float = setting(0.1, "share of a target spread over all", low=0, high=0.9)
     MIXUP_ALPHA: float = setting(0.2, "how evenly MixUp blends; 0: never", low=0, high=100)
@@ -75,7 +74,7 @@ class EnhancedConfig:
     HUE: float = setting(0.02, "largest turn of the colour circle", low=0, high=0.5)
     BLUR_PROB: float = setting(0.1, "share of images that are blurred", low=0, high=1)
     ERASE_PROB: float = setting(0.25, "share of images that lose a rectangle", low=0, high=1)
-    # Speed
+    # Speed, and never losing a run
     DEVICE: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     AMP: str = setting("auto", "precision of arithmetic", choices=("auto", "bf16", "fp16", "off"))
     COMPILE: bool = setting(False, "torch.compile: slow to start, faster on a GPU")
@@ -85,13 +84,13 @@ class EnhancedConfig:
     CACHE_SIZE: int | None = setting(None, "side in pixels; None: 8/7 IMG_SIZE", low=32, high=2048)
     NUM_WORKERS: int | None = neutral(None, "threads to decode; None: one a core", low=0, high=1024)
     LOG_EVERY: int = neutral(20, "steps between two readings of the device", low=1, high=100_000)
-    # Never lose a run
     CHECKPOINT_EVERY: float = neutral(600.0, "seconds between two checkpoints", low=0, high=10**9)
     CHECKPOINT_STEPS: int | None = neutral(None, "steps between two, if sooner", low=1, high=10**9)
     CHECKPOINT_KEEP: int = neutral(2, "how many of them are kept", low=1, high=1000)
     ON_SAVE_ERROR: str = neutral("stop", "where a disk is full", choices=("stop", "continue"))
     MAX_BAD_STEPS: int = neutral(10, "steps not finite, in a row, that end it", low=1, high=100_000)
     # Evaluation
+    TTA: bool = neutral(True, "at the end, average what it says of an image and its mirror image")
     BASELINES: tuple[str, ...] = neutral(COMPARED, "what ours is compared with", choices=COMPARED)
     BOOTSTRAP: int = neutral(2000, "resamples behind each interval", low=100, high=10**6)
     DEBUG: bool = setting(False, "two batches of everything, with anomaly detection")
@@ -112,6 +111,8 @@ def check_config(cfg: EnhancedConfig) -> None:
     if cfg.BATCH_SIZE % cfg.ACCUMULATE or cfg.BATCH_SIZE // cfg.ACCUMULATE < 2:
         said = f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal"
         raise ConfigError(f"{said} parts of at least 2 images (the head's BatchNorm needs two)")
+    if train_size(cfg) > cfg.IMG_SIZE:
+        raise ConfigError(f"TRAIN_SIZE={cfg.TRAIN_SIZE} must not exceed IMG_SIZE={cfg.IMG_SIZE}")
     if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
         low, usual = cfg.IMG_SIZE, round(cfg.IMG_SIZE * 8 / 7)
         said = f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={low} and 1.3 times that"
@@ -129,6 +130,11 @@ def cache_size(cfg: EnhancedConfig) -> int:
     return cfg.CACHE_SIZE or round(cfg.IMG_SIZE * 8 / 7)
 
 
+def train_size(cfg: EnhancedConfig) -> int:
+    """Side of what the network sees in training; smaller than IMG_SIZE it is faster."""
+    return cfg.TRAIN_SIZE or cfg.IMG_SIZE
+
+
 def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
     """Epochs (counted from 0) at which the last stages, then all layers, start to train."""
     if cfg.THAW_EPOCHS is not None:
@@ -138,12 +144,22 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 
 
 # %% [markdown]
-# `make_config` takes the defaults, then a profile (the sample has a quick one), then what you ask
-# for, which always wins. A misspelt name is answered with the nearest right ones.
+# `make_config` takes the defaults, then a profile, then what you ask for, which always wins; a
+# misspelt name is answered with the nearest right ones. The sample has a quick profile. Small sets
+# have one too: where a few hundred pictures are all there is, only the last stages train, from the
+# first epoch on, under a head that is a single layer.
 
 # %%
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
+SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
+SMALL_PROFILE = {"EPOCHS": 12, "HEAD": "linear", "LR_HEAD": 3e-4, "LR_BACKBONE": 3e-4,
+                 "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 10000), "MIX_PROB": 0.0}  # fmt: skip
+
+
+def profile_for(images: int, *, synthetic: bool) -> dict[str, Any]:
+    """What the defaults become for a set with so many training images."""
+    return QUICK_PROFILE if synthetic else SMALL_PROFILE if images < SMALL_SET else {}
 
 
 def make_config(overrides: Any = None, profile: Mapping[str, Any] | None = None) -> EnhancedConfig:

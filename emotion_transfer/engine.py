@@ -29,7 +29,7 @@ from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.pixels import jitter_colours
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
-from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.config import EnhancedConfig, train_size
 from emotion_transfer.evaluation import predict
 from emotion_transfer.losses import SoftTargetLoss, class_weights
 from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
@@ -54,7 +54,7 @@ class Trainer(Resumable):
         self.cfg, self.model, self.train, self.device = cfg, model, train, choose_device(cfg.DEVICE)
         keep_freed_memory()
         model.to(self.device).requires_grad_(True)  # begin_epoch decides what trains
-        self.amp = amp or choose_amp(cfg.AMP, model, cfg.IMG_SIZE, measure=not cfg.DETERMINISTIC)
+        self.amp = amp or choose_amp(cfg.AMP, model, train_size(cfg), measure=not cfg.DETERMINISTIC)
         weight = class_weights(train.split.labels, len(train.classes))
         weight = weight if cfg.BALANCE == "weights" else torch.ones_like(weight)
         self.loss = SoftTargetLoss(weight, cfg.LABEL_SMOOTHING).to(self.device)
@@ -78,7 +78,7 @@ def augment_batch(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tupl
     cfg, spec = trainer.cfg, trainer.model.spec
     first, count = step * cfg.BATCH_SIZE, len(batch.labels)
     plan = draw_augmentation(cfg, draw_uniforms(cfg.SEED, epoch, first, count, AUGMENT_DRAWS))
-    asked = plan, cfg.IMG_SIZE, spec.mean, spec.std, trainer.jitter
+    asked = plan, train_size(cfg), spec.mean, spec.std, trainer.jitter
     images = apply_augmentation(batch.images, *asked)
     targets = F.one_hot(batch.labels, len(trainer.loss.weight)).to(images.dtype)
     if mixing_active(cfg, epoch):
@@ -202,29 +202,36 @@ def validate_epoch(trainer: Trainer, val: EmotionDataset) -> tuple[Figures, Pred
 
 
 # %% [markdown]
-# At the end of an epoch the best model is kept and a line of history written. After `PATIENCE`
-# epochs without a better one training ends (*early stopping*), counted only once everything trains,
-# for each thaw first makes things worse before it makes them better.
+# The best so far is kept, and the start is judged too, as epoch 0: a network that begins as the
+# linear probe and never gets better than it ends as the probe. After `PATIENCE` epochs without a
+# better one training ends (*early stopping*), counted only once all has thawed that will, for each
+# thaw first makes things worse before it makes them better.
 
 
 # %%
+def judge(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper: Keeper) -> Figures:
+    """Validate, and keep these weights where they are the best so far."""
+    figures, found, source = validate_epoch(trainer, val)
+    best = trainer.average if source == "ema" and trainer.average else trainer.model
+    about = {"name": best.name, "classes": list(val.classes), "source": source}
+    weights = {"model": best.state_dict(), **about}
+    keeper.save_best(progress, found.score(trainer.cfg.MONITOR), found.loss, weights)
+    return figures
+
+
 def end_epoch(
     trainer: Trainer, val: EmotionDataset, steps: int, progress: Progress, keeper: Keeper
 ) -> None:
     """Validate, keep the best, and move `progress` to the next epoch or to the end."""
     cfg, epoch, totals = trainer.cfg, progress.epoch, trainer.meter.read()
-    figures, found, source = validate_epoch(trainer, val)
-    best = trainer.average if source == "ema" and trainer.average else trainer.model
-    about = {"name": best.name, "classes": list(val.classes), "source": source}
-    weights = {"model": best.state_dict(), **about}
-    keeper.save_best(progress, found.score(cfg.MONITOR), found.loss, weights)
+    figures = judge(trainer, val, progress, keeper)
     highest = np.max([rates_at(cfg, epoch, step, steps) for step in range(steps)], axis=0)
     lr_head, lr_backbone = highest.tolist()
     row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
            "lr_head": lr_head, "lr_backbone": lr_backbone, "skipped_steps": totals.skipped,
            "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
-    everything = thaw_level(cfg, epoch) == 2
-    progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if everything else None)
+    thawed = thaw_level(cfg, epoch) == thaw_level(cfg, cfg.EPOCHS)
+    progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if thawed else None)
     trainer.meter.sums.zero_()
 
 
@@ -263,10 +270,15 @@ def fit(
     set_deterministic(cfg.DETERMINISTIC)
     when = cfg.CHECKPOINT_EVERY, cfg.CHECKPOINT_STEPS, cfg.CHECKPOINT_KEEP, cfg.ON_SAVE_ERROR
     keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS)
-    with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, cfg.IMG_SIZE):
+    with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, train_size(cfg)):
         saved = keeper.begin(cfg, model, datasets)
         trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
         progress = keeper.resume(trainer, saved)
+        if not progress.history:
+            progress.history.append(
+                {"epoch": 0, **judge(trainer, datasets["val"], progress, keeper)}
+            )
+            keeper.end_epoch(trainer, progress, cfg.EPOCHS)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):
             while not progress.finished:
                 run_epoch(trainer, datasets["val"], progress, keeper)

@@ -5,6 +5,8 @@
 # order.
 
 # %%
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,8 +24,12 @@ from emotion_transfer.model import EmotionClassifier
 def predict(
     model: EmotionClassifier, dataset: EmotionDataset, *, size: int, batch_size: int,
     amp: str = "off", positions: npt.NDArray[np.int64] | None = None, progress: str = "",
+    tta: bool = False,
 ) -> Predictions:  # fmt: skip
-    """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar."""
+    """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar.
+
+    With `tta` (test-time augmentation) over the mirror images too; the answer is the mean of both.
+    """
     device, spec, labels, scores = next(model.parameters()).device, model.spec, [], []
     slices = batch_slices(np.arange(len(dataset)) if positions is None else positions, batch_size)
     batches = fetch_ahead(dataset, slices, device)
@@ -32,8 +38,9 @@ def predict(
         for batch in bar:
             images = prepare_images(batch.images, size, spec.mean, spec.std)
             with precision(device, amp):
-                scores.append(model(images).float())
+                views = [model(view) for view in (images, images.flip(3))[: 1 + tta]]
+            scores.append(torch.stack(views).float())
             labels.append(batch.labels)
-    logits, truth = torch.cat(scores).cpu().double(), torch.cat(labels).cpu()
-    loss = float(F.cross_entropy(logits, truth))
-    return Predictions(truth.numpy(), logits.softmax(1).numpy(), loss)
+    each, truth = torch.cat(scores, dim=1).cpu().double().log_softmax(2), torch.cat(labels).cpu()
+    answers = each.logsumexp(0) - math.log(len(each))  # of the mean probabilities, [N, C]
+    return Predictions(truth.numpy(), answers.exp().numpy(), float(F.nll_loss(answers, truth)))

@@ -1,4 +1,4 @@
-"""How far a number can be trusted: the bootstrap, and a paired test."""
+"""How far a number can be trusted: the bootstrap."""
 
 # %% [markdown]
 # **The bootstrap** ([Efron 1979](https://doi.org/10.1214/aos/1176344552)). We cannot collect a
@@ -11,23 +11,16 @@
 
 # %%
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
     Estimate, calibration_estimate, check_probabilities, confusion_metrics, hits_by_name,
+    percentile_interval,
 )  # fmt: skip
-
-
-def percentile_interval(value: float, resampled: npt.ArrayLike) -> Estimate:
-    """`value` between the 2.5th and the 97.5th percentile of `resampled`."""
-    low, high = np.quantile(np.asarray(resampled), (0.025, 0.975))
-    return Estimate(float(value), float(low), float(high))
 
 
 def evaluate_predictions(
@@ -49,37 +42,3 @@ def evaluate_predictions(
         result[name] = percentile_interval(share, rng.binomial(n, share, resamples) / n)
     result["ece"] = calibration_estimate(y, p, resamples, rng)
     return result
-
-
-# %% [markdown]
-# **Is one model really better than another?** On the *same* pictures they must be compared picture
-# by picture. Where both are right, or both wrong, a picture says nothing about which is better;
-# only the *discordant* ones do. If the models were equally good, each of these would be a fair coin
-# toss: that is McNemar's test ([McNemar 1947](https://doi.org/10.1007/BF02295996)), here in its
-# exact form. A small p-value says that a difference this large would be rare between equals, not
-# that it is large: for that, read the interval of the difference.
-
-
-# %%
-@dataclass(frozen=True)
-class PairedTest:
-    """The accuracy of one model minus that of another on the same images."""
-
-    difference: Estimate
-    ours_only: int  # images that only our model gets right
-    other_only: int
-    p_value: float  # two-sided, exact McNemar
-
-
-def paired_test(
-    labels: npt.ArrayLike, ours: npt.ArrayLike, other: npt.ArrayLike, *, resamples: int = 2000,
-    seed: int = 0,
-) -> PairedTest:  # fmt: skip
-    """Compare two models' predicted classes [N] for the same images; a paired bootstrap."""
-    y, a, b = (np.asarray(values) for values in (labels, ours, other))
-    only, n = (int(((a == y) & (b != y)).sum()), int(((a != y) & (b == y)).sum())), len(y)
-    shares = np.array([*only, n - sum(only)]) / n
-    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    difference = percentile_interval((only[0] - only[1]) / n, (drawn[:, 0] - drawn[:, 1]) / n)
-    p_value = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
-    return PairedTest(difference, *only, float(p_value))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emotion_toolbox.draws import DrawStream, draw_uniforms
 from emotion_toolbox.pixels import send_to
-from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.config import EnhancedConfig, train_size
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def draw_mixing(cfg: EnhancedConfig, epoch: int, first: int, count: int) -> Mixi
     cut = u["kind"] < (0.0 if cfg.CUTMIX_ALPHA == 0 else 1.0 if cfg.MIXUP_ALPHA == 0 else 0.5)
     alpha = np.where(cut, cfg.CUTMIX_ALPHA, cfg.MIXUP_ALPHA)
     lam = np.where(mixed, special.betaincinv(alpha, alpha, u["lam"]), 1.0)
-    side = np.floor(cfg.IMG_SIZE * np.sqrt(1 - lam)) * cut
-    corner = np.floor([cfg.IMG_SIZE * u["box_x"], cfg.IMG_SIZE * u["box_y"]]) - side // 2
-    left, top, right, bottom = box = np.clip([*corner, *(corner + side)], 0, cfg.IMG_SIZE)
-    lam = np.where(cut, 1 - (right - left) * (bottom - top) / cfg.IMG_SIZE**2, lam)
+    size = train_size(cfg)
+    side = np.floor(size * np.sqrt(1 - lam)) * cut
+    corner = np.floor([size * u["box_x"], size * u["box_y"]]) - side // 2
+    left, top, right, bottom = box = np.clip([*corner, *(corner + side)], 0, size)
+    lam = np.where(cut, 1 - (right - left) * (bottom - top) / size**2, lam)
     partner = np.argsort(u["partner"], kind="stable")
     return Mixing(*map(torch.from_numpy, (partner, lam.astype(np.float32), box.T.astype(np.int64))))
 

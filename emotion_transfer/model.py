@@ -3,29 +3,66 @@
 # %% [markdown]
 # The backbone is a [ResNet](https://arxiv.org/abs/1512.03385) or an
 # [EfficientNet](https://arxiv.org/abs/1905.11946). The head turns its features into one score a
-# class. Instead of one large step from 2048 features to 8 classes it halves the width twice; each
-# step is a linear map, a batch normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then
-# half as strong.
+# class, by two parts whose scores are added up. The *reduction*, instead of one large step from
+# 2048 features to 8 classes, halves the width twice; each step is a linear map, a batch
+# normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then half as strong. The *output*
+# beside it is that one step, a single linear layer.
+#
+# A head of random numbers has to learn from nothing, and on few pictures it learns them by heart
+# before the backbone has moved. So training begins elsewhere ([Kumar et al.
+# 2022](https://arxiv.org/abs/2202.10054)): the output *begins as the linear probe*, the logistic
+# regression on the frozen features, and the last layer of the reduction begins at zero. The network
+# is the probe at first (`START = "probe"`), and training can only add to it.
 
 # %%
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from emotion_toolbox.backbones import BACKBONES, batch_norms, make_backbone
+from emotion_toolbox.batches import EmotionDataset
+from emotion_toolbox.device import choose_device
+from emotion_toolbox.probes import linear_probe
 from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
+Datasets = Mapping[str, EmotionDataset]
+Answer = dict[str, Any]  # probabilities [N, C] of the test images, a note and, of training, a curve
 
-def make_head(features: int, classes: int, dropout: float, kind: str) -> nn.Sequential:
-    """The classifier on pooled features [B, F]; `kind` is "progressive" or "linear"."""
-    head, width = nn.Sequential(), features
-    for step in (1, 2) if kind == "progressive" else ():
-        head.add_module(f"linear{step}", nn.Linear(width, width // 2, bias=False))
-        head.add_module(f"norm{step}", nn.BatchNorm1d(width // 2))  # which adds a bias
-        head.add_module(f"relu{step}", nn.ReLU(inplace=True))
-        head.add_module(f"dropout{step}", nn.Dropout(dropout / step))
+
+class Head(nn.ModuleDict):
+    """Class scores [B, C] from pooled features [B, F]: the sum of what its parts say."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([part(features) for part in self.values()]).sum(0)
+
+
+def make_reduction(features: int, classes: int, dropout: float) -> nn.Sequential:
+    """Features [B, F] to scores [B, C] in three steps."""
+    layers, width = nn.Sequential(), features
+    for step in (1, 2):
+        layers.add_module(f"linear{step}", nn.Linear(width, width // 2, bias=False))
+        layers.add_module(f"norm{step}", nn.BatchNorm1d(width // 2))  # which adds a bias
+        layers.add_module(f"relu{step}", nn.ReLU(inplace=True))
+        layers.add_module(f"dropout{step}", nn.Dropout(dropout / step))
         width //= 2
-    head.add_module("output", nn.Linear(width, classes))
+    layers.add_module("output", nn.Linear(width, classes))
+    return layers
+
+
+def make_head(features: int, classes: int, dropout: float, kind: str, start: str) -> Head:
+    """The head of a `kind` (HEAD) that begins as `start` (START) says."""
+    head = Head()
+    if kind == "linear" or start == "probe":
+        head["output"] = nn.Linear(features, classes)
+    if kind == "progressive":
+        head["reduction"] = make_reduction(features, classes, dropout)
+        if start == "probe":
+            nn.init.zeros_(head.get_parameter("reduction.output.weight"))
+            nn.init.zeros_(head.get_parameter("reduction.output.bias"))
     return head
 
 
@@ -40,7 +77,7 @@ class EmotionClassifier(nn.Module):
 
     made_for: str | None = None  # hash of its settings, so that no other run trains it by mistake
 
-    def __init__(self, name: str, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, name: str, backbone: nn.Module, head: Head) -> None:
         super().__init__()
         self.name, self.spec = name, BACKBONES[name]
         self.backbone, self.head = backbone, head
@@ -56,22 +93,41 @@ class EmotionClassifier(nn.Module):
         return {**stages, "head": [self.head]}
 
 
-def build_model(cfg: EnhancedConfig, classes: int) -> EmotionClassifier:
-    """The network of `cfg` for that many classes, in channels_last memory, on the CPU."""
+# %% [markdown]
+# The probe takes one pass over the pictures for their features; how strongly the regression is
+# regularised is chosen by cross-validation on the training pictures (`linear_probe??`). Its weights
+# become the output's.
+
+
+# %%
+def find_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
+    """The linear probe on the untouched backbone of `cfg`, kept in `folder`."""
+    network = cfg.MODEL_NAME, cfg.WEIGHTS, cfg.SEED, cfg.IMG_SIZE
+    device = choose_device(cfg.DEVICE)
+    return linear_probe(datasets, folder, network, cfg.MONITOR, cfg.BATCH_SIZE, device)
+
+
+def build_model(
+    cfg: EnhancedConfig, classes: int, probe: Answer | None = None
+) -> EmotionClassifier:
+    """The network of `cfg` for that many classes, on the CPU; its head begins as `probe`."""
     torch.manual_seed(cfg.SEED)
     backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
-    head = make_head(BACKBONES[cfg.MODEL_NAME].features, classes, cfg.DROPOUT, cfg.HEAD)
+    features = BACKBONES[cfg.MODEL_NAME].features
+    head = make_head(features, classes, cfg.DROPOUT, cfg.HEAD, cfg.START)
+    if probe is not None and cfg.START == "probe":
+        begin = {name: torch.from_numpy(probe[name]) for name in ("weight", "bias")}
+        head["output"].load_state_dict(begin)
     model = EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)
     model.made_for = settings_hash(cfg)
     return model
 
 
 # %% [markdown]
-# A fresh head sends large, random gradients into the backbone and would wash out what it has learnt
-# ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)). So the backbone is *frozen* at first and
-# the head trains alone, for `WARMUP_EPOCHS`; then the last stages *thaw*, whose features are the
-# most specific, and later everything does. Which of the three holds is a function of the epoch and
-# nothing else, so a resumed run cannot thaw differently.
+# A backbone that moves at once, under a head that is still learning, would be washed out. So it is
+# *frozen* at first and the head trains alone, for `WARMUP_EPOCHS`; then the last stages *thaw*,
+# whose features are the most specific, and later everything does. Which of the three holds is a
+# function of the epoch and nothing else, so a resumed run cannot thaw differently.
 
 
 # %%

@@ -20,12 +20,13 @@ from emotion_toolbox.measures import (
     gap_standard_error,
     gap_verdict,
     most_confused_pairs,
+    paired_test,
     per_class_table,
     reliability_table,
 )
 from emotion_toolbox.tables import MIKELS_CLASSES, POSITIVE_EMOTIONS
 from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.intervals import evaluate_predictions, paired_test
+from emotion_transfer.intervals import evaluate_predictions
 
 Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
 

@@ -525,16 +525,26 @@ def test_images_become_one_score_a_class(name):
 
 
 def test_the_progressive_head_halves_its_width_twice():
-    head = make_head(1280, 8, 0.4, "progressive")
-    kinds = [type(layer).__name__ for layer in head]
+    head = make_head(1280, 8, 0.4, "progressive", "random")
+    assert list(head) == ["reduction"]
+    layers = list(head["reduction"])
+    kinds = [type(layer).__name__ for layer in layers]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2 + ["Linear"]
-    linear = [layer for layer in head if isinstance(layer, nn.Linear)]
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(1280, 640), (640, 320), (320, 8)]
-    assert [layer.p for layer in head if isinstance(layer, nn.Dropout)] == [0.4, 0.2]
+    assert [layer.p for layer in layers if isinstance(layer, nn.Dropout)] == [0.4, 0.2]
     assert head(torch.zeros(3, 1280)).shape == (3, 8)
-    plain = make_head(1280, 8, 0.4, "linear")
-    assert [type(layer).__name__ for layer in plain] == ["Linear"]
-    assert plain(torch.zeros(3, 1280)).shape == (3, 8)
+    for start in ("probe", "random"):
+        plain = make_head(1280, 8, 0.4, "linear", start)
+        assert [type(layer).__name__ for layer in plain.values()] == ["Linear"]
+        assert plain(torch.zeros(3, 1280)).shape == (3, 8)
+
+
+def test_beside_a_probe_the_reduction_says_nothing_at_first():
+    head, features = make_head(64, 8, 0.4, "progressive", "probe"), torch.randn(5, 64)
+    assert torch.equal(head(features), head["output"](features))
+    head(features).square().sum().backward()
+    assert head["reduction"].output.weight.grad.abs().max() > 0  # but it can learn
 
 
 def test_a_model_is_a_function_of_the_seed(small, tmp_path):

@@ -19,7 +19,7 @@ from small_run import (
 )
 
 from emotion_toolbox.errors import ConfigError
-from emotion_toolbox.measures import Predictions
+from emotion_toolbox.measures import Predictions, paired_test
 from emotion_toolbox.report import (
     PUBLISHED_EMOSET,
     closing_text,
@@ -37,7 +37,7 @@ from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
-from emotion_transfer.intervals import evaluate_predictions, paired_test
+from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import build_model
 
 

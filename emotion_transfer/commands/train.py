@@ -11,6 +11,7 @@ from emotion_toolbox.cache import DecodedData
 from emotion_toolbox.device import choose_device, seed_everything
 from emotion_toolbox.export import export_model
 from emotion_toolbox.keeper import load_initial_weights
+from emotion_toolbox.measures import paired_test
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
@@ -23,11 +24,11 @@ from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.commands.settings import parse_setting
-from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, cache_size, make_config
+from emotion_transfer.config import EnhancedConfig, cache_size, make_config, profile_for
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
-from emotion_transfer.intervals import evaluate_predictions, paired_test
-from emotion_transfer.model import build_model
+from emotion_transfer.intervals import evaluate_predictions
+from emotion_transfer.model import build_model, find_probe
 
 
 def open_data(
@@ -46,8 +47,8 @@ def train(settings: dict[str, Any]) -> Path:
     cfg = make_config(settings)
     choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
     listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
-    if listed.synthetic:
-        cfg = make_config(settings, QUICK_PROFILE)
+    images = len(listed.splits["train"])
+    cfg = make_config(settings, profile_for(images, synthetic=listed.synthetic))
     network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
     cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
     run_dir = make_run_folder(cfg, listed)
@@ -55,10 +56,16 @@ def train(settings: dict[str, Any]) -> Path:
     decoded, datasets = open_data(cfg, listed)
     seed_everything(cfg.SEED)
     data, classes = decoded.data, decoded.data.classes
-    model = build_model(cfg, len(classes))
+    probe = find_probe(cfg, datasets, run_dir / "baselines" / "linear_probe")
+    model = build_model(cfg, len(classes), probe)
     load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
     result = fit(cfg, model, datasets, run_dir / "checkpoints")
-    asked: dict[str, Any] = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": result.amp}
+    asked: dict[str, Any] = {
+        "size": cfg.IMG_SIZE,
+        "batch_size": cfg.BATCH_SIZE,
+        "amp": result.amp,
+        "tta": cfg.TTA,
+    }
     found = {split: predict(model, datasets[split], **asked) for split in ("val", "test")}
     drawn: dict[str, Any] = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
     metrics = {

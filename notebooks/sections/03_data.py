@@ -22,11 +22,11 @@ from emotion_toolbox.backbones import choose_backbone
 from emotion_toolbox.figures import plot_class_distribution, save_figure
 from emotion_toolbox.report import figure_note, make_run_folder
 from emotion_toolbox.sample import load_data
-from emotion_transfer.config import QUICK_PROFILE
+from emotion_transfer.config import profile_for
 
 listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
-if listed.synthetic:  # a quick profile; what you set yourself still wins
-    cfg = make_config(settings, QUICK_PROFILE)
+profile = profile_for(len(listed.splits["train"]), synthetic=listed.synthetic)
+cfg = make_config(settings, profile)  # what you set yourself still wins
 network, learnt = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
 cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=learnt)
 run_dir = make_run_folder(cfg, listed)

@@ -8,6 +8,7 @@
 
 # %%
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
+from emotion_transfer.config import train_size
 
 # %% [markdown]
 # Now see it. Each row shows the same six pictures under one technique alone, as far to either side
@@ -35,7 +36,7 @@ ends = np.resize([0.02, 0.98], (len(few), AUGMENT_DRAWS))
 chance, rows = draw_uniforms(cfg.SEED, 0, 0, len(few), AUGMENT_DRAWS), {}
 for name, setting_of in {**varied, "all together": cfg}.items():
     plan = draw_augmentation(setting_of, chance if setting_of is cfg else ends)
-    rows[name] = denormalise(apply_augmentation(few, plan, cfg.IMG_SIZE, half, half), half, half)
+    rows[name] = denormalise(apply_augmentation(few, plan, train_size(cfg), half, half), half, half)
 keep_figure(plot_rows(rows, "Augmentation"), name="augmentation")
 
 # %% [markdown]

@@ -13,21 +13,23 @@
 # same network from random weights too, so that you see what ImageNet is worth.
 
 # %%
-from emotion_transfer.model import build_model, trainable_stages
+from emotion_transfer.model import build_model, find_probe, trainable_stages
 
 # %% [markdown]
 # Here it is. The stages thaw from the end: what lies early is the most general, and moves last and
-# least. (With `INIT_FROM` the weights of an earlier run take the place of ImageNet's.)
+# least.
 
 # %%
 from emotion_toolbox.backbones import stage_table
 from emotion_toolbox.figures import plot_stages
-from emotion_transfer.config import thaw_epochs
 from emotion_toolbox.keeper import load_initial_weights
+from emotion_transfer.config import thaw_epochs
 
-model = build_model(cfg, len(classes))
+folder = run_dir / "baselines"
+probe = find_probe(cfg, datasets, folder / "linear_probe")
+model = build_model(cfg, len(classes), probe)
 load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
-print(f"{cfg.MODEL_NAME}, weights {cfg.INIT_FROM or cfg.WEIGHTS or 'random'}")
+print(f"the probe: {probe['note']}")
 begin = {stage: epoch + 1 if epoch < cfg.EPOCHS else None
          for level, epoch in reversed([*enumerate((0, *thaw_epochs(cfg)))])
          for stage in trainable_stages(model, level)}  # fmt: skip
@@ -35,8 +37,8 @@ table = stage_table(model.stage_modules(), begin)
 keep_figure(plot_stages(table, train.pictures([0])[0]), name="model")
 
 # %% [markdown]
-# What does it say *before* training? With a random head, nothing that helps. Its answers to eight
-# test pictures are kept here, and stand beside its later ones at the end of [Training](#Training).
+# What does it say *before* training? What the probe says. Its answers to eight test pictures are
+# kept here, and stand beside its later ones at the end of [Training](#Training).
 
 # %%
 from emotion_transfer.evaluation import predict

@@ -10,7 +10,7 @@
 # of that range mean nothing.
 
 # %%
-from emotion_transfer.intervals import evaluate_predictions, paired_test
+from emotion_transfer.intervals import evaluate_predictions
 
 # %% [markdown]
 # Each cell reads *value [low, high]*. The validation figures are a little too good, because the
@@ -19,7 +19,9 @@ from emotion_transfer.intervals import evaluate_predictions, paired_test
 # %%
 from emotion_toolbox.report import write_predictions
 
-found = {split: ask(model, datasets[split], amp=result.amp) for split in ("val", "test")}
+found = {
+    split: ask(model, datasets[split], amp=result.amp, tta=cfg.TTA) for split in ("val", "test")
+}
 measure = partial(evaluate_predictions, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
 metrics = {s: measure(p.labels, p.probabilities, classes) for s, p in found.items()}
 test = found["test"]
@@ -79,7 +81,7 @@ keep_figure(plot_mistakes(test_set.pictures(worst), *answers, classes), name="mi
 # good its accuracy.
 
 # %%
-from emotion_toolbox.explain import grad_cam
+from emotion_toolbox.probes import grad_cam
 from emotion_toolbox.figures import plot_gradcam
 from emotion_toolbox.pixels import prepare_images
 

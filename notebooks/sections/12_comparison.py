@@ -11,7 +11,6 @@ from emotion_transfer.baselines import run_baseline
 # Each is kept: run this again and it is read back.
 
 # %%
-folder = run_dir / "baselines"
 baselines = {name: run_baseline(name, cfg, datasets, folder) for name in cfg.BASELINES}
 
 # %% [markdown]
@@ -25,11 +24,16 @@ by_epoch["this notebook"] = result.history["val_accuracy"].to_numpy()
 keep_figure(plot_curves(by_epoch, "validation accuracy"), name="curves")
 
 # %% [markdown]
-# On the test pictures, read the intervals before the values. *Ours is better by* is the difference
-# of the two accuracies **on the same pictures** with its own interval: if that holds zero, the
-# difference may be chance. The p-value is McNemar's: how often equals would differ this much.
+# **Is one model really better than another?** Read the intervals before the values. On the *same*
+# pictures models must be compared picture by picture: where both are right, or both wrong, a
+# picture says nothing about which is better. *Ours is better by* is the difference of the two
+# accuracies with an interval of its own: if that holds zero, the difference may be chance. If the
+# models were equally good, each picture that only one of them gets right would be a fair coin toss:
+# that is McNemar's test ([McNemar 1947](https://doi.org/10.1007/BF02295996); `paired_test??`). Its
+# p-value says how often equals would differ this much, not that the difference is large.
 
 # %%
+from emotion_toolbox.measures import paired_test
 from emotion_toolbox.report import comparison_table, published_accuracies
 
 others = {name: answer["probabilities"] for name, answer in baselines.items()}
