@@ -104,7 +104,7 @@ def linear_probe(
         labels, classes = train.split.labels, len(train.classes)
         weight, bias, note = fit_probe(seen, labels, classes, monitor)
         found = {"weight": weight, "bias": bias, "note": f"logistic regression, {note}"}
-        return {**found, "probabilities": softmax(test @ weight.T + bias, axis=1)}
+        return {**found, "probabilities": softmax((test @ weight.T + bias).astype(float), axis=1)}
 
     fingerprints = [data.fingerprint() for data in datasets.values()]
     key = repr((network, monitor, fingerprints))
