@@ -454,10 +454,10 @@ def check_images(setup: Setup) -> Result:
     if setup.sample:
         return draw_pictures()
     places = [(split, i) for split in setup.data.splits.values() for i in spread(len(split))]
-    bad = []
+    bad, side = [], cache_size(setup.cfg)
     for split, position in places:
         try:
-            decode_image(read_image_bytes(split.path(position)), cache_size(setup.cfg))
+            decode_image(read_image_bytes(split.path(position)), side, setup.cfg.FIT)
         except ImageError as error:
             bad.append(f"{split.where(position)}: {one_line(error)}")
     if not bad:
@@ -522,7 +522,7 @@ def cache_bytes(setup: Setup) -> int:
     side = cache_size(setup.cfg)
     if setup.sample:
         return sum(SAMPLE_COUNTS.values()) * len(MIKELS_CLASSES) * side**2 * 3
-    return missing_bytes(setup.data, side, resolve_path(setup.cfg.CACHE_DIR))
+    return missing_bytes(setup.data, side, resolve_path(setup.cfg.CACHE_DIR), setup.cfg.FIT)
 
 
 def checkpoint_bytes(cfg: EnhancedConfig) -> int:

@@ -6,8 +6,9 @@ engine, its settings, the order of the images, MixUp and CutMix are the same, an
 are the seed and the head's first weights. DIR is a folder written by
 ``python -m emotion_transfer prepare``.
 
-The twin is evaluated by torchvision's Resize and CenterCrop, ours from its cache. An interrupted
-comparison goes on where it stopped if ``--work`` names the same folder.
+The twin is evaluated by torchvision's Resize and CenterCrop, ours from its cache: that is FIT
+"crop", so no other is taken. An interrupted comparison goes on where it stopped if ``--work`` names
+the same folder.
 """
 
 import argparse
@@ -153,15 +154,18 @@ def compare(cfg: EnhancedConfig, seeds: int, work: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare, print and write the result."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         cfg = make_config({
             "MODEL_NAME": "efficientnet_lite0", "IMG_SIZE": 112, "EPOCHS": 8, "WARMUP_EPOCHS": 1,
-            "LR_BACKBONE": 3e-4, "MIX_OFF_EPOCHS": 2, "AUDIT": False,
+            "LR_BACKBONE": 3e-4, "MIX_OFF_EPOCHS": 2,
             **dict(parse_setting(EnhancedConfig, text) for text in args.set),
             "DATA_ROOT": str(args.data), "CACHE_DIR": str(work / "cache"),
         })  # fmt: skip
+        if cfg.FIT != "crop":
+            parser.error(f'FIT={cfg.FIT} is not what the twin does; leave it at "crop"')
         result = compare(cfg, args.seeds, work)
     result |= {
         "machine": describe_machine(choose_device(cfg.DEVICE)), "versions": describe_versions(),

@@ -69,15 +69,16 @@ class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def open_datasets(
-    listed: EmotionData, side: int, *, cache_dir: str | None, threads: int | None = None,
-    max_bad_fraction: float = 0.0, allow_duplicates: bool = False, most: int | None = None,
+    listed: EmotionData, side: int, fit: str = "crop", *, cache_dir: str | None,
+    threads: int | None = None, max_bad_fraction: float = 0.0, allow_duplicates: bool = False,
+    most: int | None = None,
 ) -> tuple[DecodedData, dict[str, EmotionDataset]]:  # fmt: skip
     """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets.
 
     See ``decode_data``, ``refuse_bad_images``, ``refuse_leaks`` and ``make_datasets``.
     """
     folder = resolve_path(cache_dir) if cache_dir else None
-    decoded = decode_data(listed, side, cache_dir=folder, threads=count_threads(threads))
+    decoded = decode_data(listed, side, fit, cache_dir=folder, threads=count_threads(threads))
     refuse_bad_images(decoded, max_bad_fraction)
     refuse_leaks(decoded, allow_duplicates)
     return decoded, make_datasets(decoded, most)

@@ -36,6 +36,7 @@ Positions = npt.NDArray[np.int64]
 Rows = npt.NDArray[Any]  # of the type ROW
 T = TypeVar("T")
 R = TypeVar("R")
+Decode = Callable[[bytes], Pixels]
 SAVE_SECONDS = 60  # between two writings of an index: what a kill may cost
 CHECKSUM_SPREAD = 32  # images of an array that are compared with their checksums at every start
 ARRAY_HEADER = 128  # bytes of a .npy file before its pixels
@@ -62,8 +63,8 @@ class ChosenPixels:
 class DecodedPixels:
     """Images decoded when they are needed, in `threads` threads."""
 
-    def __init__(self, split: Split, side: int, threads: int) -> None:
-        self.split, self.side = split, side
+    def __init__(self, split: Split, side: int, threads: int, fit: str = "crop") -> None:
+        self.split, self.side, self.fit = split, side, fit
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def __getitem__(self, index: Positions, /) -> Pixels:
@@ -71,7 +72,7 @@ class DecodedPixels:
 
     def _decode(self, position: int) -> Pixels:
         try:
-            return decode_image(read_image_bytes(self.split.path(position)), self.side)
+            return decode_image(read_image_bytes(self.split.path(position)), self.side, self.fit)
         except ImageError as error:
             raise DataError(f"{self.split.where(position)} has become unusable: {error}") from error
 
@@ -88,23 +89,24 @@ class DecodedData:
 
 
 def decode_data(
-    data: EmotionData, side: int, *, cache_dir: Path | None, threads: int
+    data: EmotionData, side: int, fit: str = "crop", *, cache_dir: Path | None, threads: int
 ) -> DecodedData:
     """Decode every image of `data` to `side` x `side` pixels and keep it under `cache_dir`.
 
-    With None for that, check the images only, and decode them again when they are needed.
+    With None for that, check the images only, and decode them again when they are needed. See
+    ``decode_image`` for `fit`.
 
     Raises:
         DataError: where the disk has too little room, or cannot be written.
     """
     splits, pixels, digests, good, bad = {}, {}, {}, [], []
-    folder = cache_folder(data, side, cache_dir) if cache_dir else None
+    folder = cache_folder(data, side, cache_dir, fit) if cache_dir else None
     build = partial(cache_images, folder=folder) if folder else check_images
     try:
         if cache_dir:
-            refuse_full_disk(cache_dir, missing_bytes(data, side, cache_dir))
+            refuse_full_disk(cache_dir, missing_bytes(data, side, cache_dir, fit))
         for name, split in data.splits.items():
-            pixels[name], hashes, reasons = build(split, side, threads)
+            pixels[name], hashes, reasons = build(split, side, threads, fit=fit)
             digests[name] = content_hash(b"".join(hashes))
             images = pd.DataFrame({"split": name, "row": split.rows, "file": list(split.files)})
             bad.append(images.loc[list(reasons)].assign(reason=list(reasons.values())))
@@ -159,11 +161,12 @@ def refuse_leaks(decoded: DecodedData, allow_duplicates: bool) -> None:
         )
 
 
-def cache_folder(data: EmotionData, side: int, cache_dir: Path) -> Path:
-    """Where the images of `data` are cached at this size; one folder for each set of files."""
+def cache_folder(data: EmotionData, side: int, cache_dir: Path, fit: str = "crop") -> Path:
+    """Where the images of `data` are cached; one folder for each set of files, size and fit."""
     roots = "|".join(f"{split.csv}|{split.images_root}" for split in data.splits.values())
     key = hashlib.sha256(roots.encode(errors="surrogateescape")).hexdigest()[:8]
-    return cache_dir / f"{data.root.name}-{side}px-v{DECODER_VERSION}-{key}"
+    form = f"{side}px" if fit == "crop" else f"{side}px-{fit}"
+    return cache_dir / f"{data.root.name}-{form}-v{DECODER_VERSION}-{key}"
 
 
 def array_bytes(images: int, side: int) -> int:
@@ -171,9 +174,9 @@ def array_bytes(images: int, side: int) -> int:
     return ARRAY_HEADER + images * side * side * 3
 
 
-def missing_bytes(data: EmotionData, side: int, cache_dir: Path) -> int:
+def missing_bytes(data: EmotionData, side: int, cache_dir: Path, fit: str = "crop") -> int:
     """Room that the arrays of `data` still have to take on the disk, in bytes."""
-    folder, need = cache_folder(data, side, cache_dir), 0
+    folder, need = cache_folder(data, side, cache_dir, fit), 0
     for name, split in data.splits.items():
         file = folder / f"{name}.npy"
         taken = file.stat().st_size if file.exists() else 0
@@ -233,46 +236,48 @@ class Scanned(NamedTuple):
     reason: str = ""
 
 
-def scan_image(split: Split, side: int, known: dict[bytes, int], position: int) -> Scanned:
+def scan_image(split: Split, decode: Decode, known: dict[bytes, int], position: int) -> Scanned:
     """Read an image; take its place from those `known` by their hashes, or else decode it."""
     try:
         data = read_image_bytes(split.path(position))
         digest = content_hash(data).encode()
         if (place := known.pop(digest, -1)) >= 0:
             return Scanned(position, digest, place=place)
-        return Scanned(position, digest, decode_image(data, side))
+        return Scanned(position, digest, decode(data))
     except ImageError as error:
         return Scanned(position, reason=" ".join(str(error).split()) or "unusable")
 
 
 def scan_images(
-    split: Split, positions: Sequence[int], known: dict[bytes, int], side: int, threads: int
+    split: Split, positions: Sequence[int], known: dict[bytes, int], decode: Decode, threads: int
 ) -> Generator[Scanned, None, None]:
     """What ``scan_image`` finds at each of the `positions` in turn, from threads, with a bar."""
     bar = tqdm(positions, f"decoding {split.name}", unit="img", disable=not positions)
-    scan = partial(scan_image, split, side, known)
+    scan = partial(scan_image, split, decode, known)
     return work_ahead(scan, bar, threads=threads, depth=4 * threads, name="decode")
 
 
 def check_images(
-    split: Split, side: int, threads: int
+    split: Split, side: int, threads: int, fit: str = "crop"
 ) -> tuple[PixelSource, list[bytes], dict[int, str]]:
     """What ``cache_images`` gives, of images that are decoded again when they are needed."""
-    with closing(scan_images(split, range(len(split)), {}, side, threads)) as images:
+    decode = partial(decode_image, size=side, fit=fit)
+    with closing(scan_images(split, range(len(split)), {}, decode, threads)) as images:
         found = [image._replace(pixels=None) for image in images]
     reasons = {image.position: image.reason for image in found if image.reason}
     usable = split.select(np.delete(np.arange(len(split)), list(reasons)))
-    return DecodedPixels(usable, side, threads), [i.hash for i in found if i.hash], reasons
+    return DecodedPixels(usable, side, threads, fit), [i.hash for i in found if i.hash], reasons
 
 
 def cache_images(
-    split: Split, side: int, threads: int, folder: Path
+    split: Split, side: int, threads: int, folder: Path, fit: str = "crop"
 ) -> tuple[PixelSource, list[bytes], dict[int, str]]:
     """The usable images of `split`, hashes of their content, and by position why others are bad.
 
-    They are in an array in `folder`, to which new and changed ones are added. Where the name or
-    date of a file is new, its hash decides: copying a data set changes its dates and no content.
-    Safe to call from two processes at once: the second waits and finds the work done.
+    They are in an array in `folder`, which is for one `side` and `fit`; new and changed ones are
+    added. Where the name or date of a file is new, its hash decides: copying a data set changes
+    its dates and no content. Safe to call from two processes at once: the second waits and finds
+    the work done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, reasons = folder / f"{split.name}.npy", dict[int, str]()
@@ -284,7 +289,8 @@ def cache_images(
             reserve_room(file, array_bytes(len(split), side))
             free = np.setdiff1d(np.arange(len(rows)), places)
             known = dict(zip(rows["hash"][free].tolist(), free.tolist(), strict=True))
-            with closing(scan_images(split, todo, known, side, threads)) as images:
+            decode = partial(decode_image, size=side, fit=fit)
+            with closing(scan_images(split, todo, known, decode, threads)) as images:
                 rows, reasons = add_images(file, side, rows, images, stamps)
             places = find_places(rows, stamps)
         pixels = map_pixels(file, side, len(rows))

@@ -17,6 +17,8 @@ from emotion_toolbox.errors import ImageError
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 DECODER_VERSION = 3  # raise it whenever the pixels change: older caches are then left alone
+FITS = ("crop", "pad", "squash")  # what becomes of images that are not square
+PAD_COLOUR = (124, 116, 104)  # the mean of ImageNet: normalised, nearly zero in every network
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
@@ -110,12 +112,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
-    """Decode `data` to its upright, antialiased centre square, uint8 [size, size, 3].
+def decode_image(data: bytes, size: int, fit: str = "crop") -> npt.NDArray[np.uint8]:
+    """Decode `data` to an upright, antialiased square, uint8 [size, size, 3].
+
+    Of an image that is not square, "crop" keeps the centre square, "pad" all, between bars of
+    ``PAD_COLOUR``, and "squash" all, with both sides resized to `size`.
 
     Raises:
         ImageError: if the bytes are no usable image.
+        ValueError: for another `fit`.
     """
+    if fit not in FITS:
+        raise ValueError(f"fit={fit!r} must be one of {FITS}")
     try:
         source = io.BytesIO(bare_png(data) if data.startswith(PNG_MARK) else data)
         with Image.open(source, formats=readable_formats()) as image:
@@ -128,8 +136,8 @@ def decode_image(data: bytes, size: int) -> npt.NDArray[np.uint8]:
             image.load()
             # a fraction of 307 pixels ends inside the last pixel: 38.4 of 39
             extent = reduced[1][2:] if reduced else image.size
-            square = centre_square(image, extent, size)
-            return np.asarray(turn_upright(as_rgb(square), image))
+            upright = turn_upright(as_rgb(fit_image(image, extent, size, fit)), image)
+            return np.asarray(ImageOps.pad(upright, (size, size), color=PAD_COLOUR))
     except ImageError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
@@ -150,25 +158,33 @@ def reason_of(error: Exception, start: bytes) -> str:
     return "not an image, or of no format that is read here"
 
 
-def centre_square(image: Image.Image, extent: tuple[float, float], size: int) -> Image.Image:
-    """The largest centred square of the first `extent` pixels, resized to `size` x `size`."""
+def fit_image(image: Image.Image, extent: tuple[float, float], size: int, fit: str) -> Image.Image:
+    """The first `extent` pixels, resized to `size` x `size`; with "pad", only the long side is."""
     if image.mode not in ("RGB", "L", "RGBA", "LA") or "transparency" in image.info:
         image = as_rgb(image)  # what is left can be interpolated, alpha included
-    side = min(extent)
-    left, top = (extent[0] - side) / 2, (extent[1] - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if fit == "squash" and image.mode in ("RGBA", "LA"):
+        # else an older Pillow leaves out the gap, and makes a long strip wide before it is short
+        image = image.convert("RGBA").convert("RGBa")
+    target, box = (size, size), (0.0, 0.0, *extent)
+    if fit == "crop":
+        side = min(extent)
+        left, top = (extent[0] - side) / 2, (extent[1] - side) / 2
+        box = (left, top, left + side, top + side)
+    elif fit == "pad":
+        width, height = (max(1, round(side / max(extent) * size)) for side in extent)
+        target = (width, height)
+    return image.resize(target, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
 
 
-def turn_upright(square: Image.Image, source: Image.Image) -> Image.Image:
-    """`square` as the EXIF orientation of `source` wants it seen; unreadable EXIF turns nothing.
+def turn_upright(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """`picture` as the EXIF orientation of `source` wants it seen; unreadable EXIF turns nothing.
 
     Of the EXIF data only that is looked at: the rest may be broken.
     """
-    square.info.clear()
+    picture.info.clear()
     try:
         orientation = source.getexif().get(ExifTags.Base.Orientation, 1)
-        square.getexif()[ExifTags.Base.Orientation] = orientation
-        return ImageOps.exif_transpose(square)
+        picture.getexif()[ExifTags.Base.Orientation] = orientation
+        return ImageOps.exif_transpose(picture)
     except Exception:  # the picture itself is good
-        return square
+        return picture

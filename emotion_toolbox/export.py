@@ -15,13 +15,18 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from emotion_toolbox.backbones import BACKBONES, PACKAGED, BackboneSpec, refuse_nonfinite
-from emotion_toolbox.decoding import decode_image, read_image_bytes
+from emotion_toolbox.decoding import FITS, PAD_COLOUR, decode_image, read_image_bytes
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.errors import ExportError
 from emotion_toolbox.files import write_atomically, write_text
 from emotion_toolbox.pixels import Floats, prepare_images
 from emotion_toolbox.tables import MIKELS_CLASSES
 
+FITTED = {  # the same with Pillow alone, for the model card
+    "crop": "ImageOps.fit(image, size, Image.BICUBIC)",
+    "pad": f"ImageOps.pad(image, size, Image.BICUBIC, {PAD_COLOUR})",
+    "squash": "image.resize(size, Image.BICUBIC)",
+}
 PRIVATE = ("DATA_ROOT", "IMAGES_ROOT", "OUTPUT_ROOT", "CACHE_DIR", "INIT_FROM", "WEIGHTS")  # paths
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys, half characters
 
@@ -42,6 +47,7 @@ def export_model(
         "classes": checked_classes(list(classes)),
         "image_size": settings["IMG_SIZE"],
         "resize": resize,
+        "fit": settings["FIT"],
         "mean": spec.mean,
         "std": spec.std,
         "synthetic": facts["synthetic"],
@@ -123,7 +129,8 @@ head = nn.Sequential(OrderedDict({layers}))
 model = nn.Sequential(OrderedDict(backbone=backbone, head=head)).eval()
 model.load_state_dict(load_file("model.safetensors"))
 image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
-square = ImageOps.fit(image, (about["resize"], about["resize"]), Image.BICUBIC)
+size = (about["resize"], about["resize"])
+square = {FITTED[about["fit"]]}
 pixels = F.to_tensor(F.center_crop(square, about["image_size"]))
 scores = model(F.normalize(pixels, about["mean"], about["std"])[None])
 print(dict(zip(about["classes"], scores.softmax(1)[0].tolist())))
@@ -152,6 +159,7 @@ class ExportedModel:
     classes: tuple[str, ...]
     image_size: int
     resize: int
+    fit: str
     synthetic: bool  # trained on the built-in sample
 
 
@@ -168,12 +176,15 @@ def load_export(
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
         classes, settings = checked_classes(about["classes"]), {**about["config"], "WEIGHTS": None}
+        settings.pop("AUDIT", None)  # older exports hold this former setting
         if len(tensors.get("head.output.weight", ())) != len(classes):  # before a head is made
             raise ValueError(f"model.safetensors is not for {len(classes)} classes")
         model = make_model(settings, len(classes))
         name, size, resize = settings["MODEL_NAME"], settings["IMG_SIZE"], about["resize"]
         if not size <= resize <= 2 * size:
             raise ValueError("resize in config.json does not fit IMG_SIZE")
+        if (fit := about.get("fit", "crop")) not in FITS:
+            raise ValueError(f"fit in config.json is {fit!r:.80}, none of {', '.join(FITS)}")
         model.load_state_dict(tensors)
         refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
@@ -183,7 +194,7 @@ def load_export(
         ) from error
     model.to(choose_device(device)).eval().requires_grad_(False)
     synthetic = about.get("synthetic") is True
-    return ExportedModel(model, BACKBONES[name], classes, size, resize, synthetic)
+    return ExportedModel(model, BACKBONES[name], classes, size, resize, fit, synthetic)
 
 
 def checked_classes(classes: Any) -> tuple[str, ...]:
@@ -198,7 +209,8 @@ def checked_classes(classes: Any) -> tuple[str, ...]:
 
 def predict_files(exported: ExportedModel, paths: Sequence[Path]) -> Floats:
     """Class probabilities [N, C] of image files; raises ``ImageError`` for one that is none."""
-    squares = [decode_image(read_image_bytes(path), exported.resize) for path in paths]
+    size, fit = exported.resize, exported.fit
+    squares = [decode_image(read_image_bytes(path), size, fit) for path in paths]
     return predict_squares(exported, squares)
 
 

@@ -28,9 +28,9 @@ class EnhancedConfig:
     DATA_ROOT: str = neutral("data/processed/EmoSet_splits", "folder of the three CSV files")
     IMAGES_ROOT: str | None = neutral(None, "where their paths start; None: at DATA_ROOT")
     ALLOW_DUPLICATES: bool = neutral(False, "go on where splits share an image")
-    AUDIT: bool = neutral(True, "look for near duplicates and other oddities")
-    NEAR_DUPLICATE_BITS: int = neutral(4, "of 64 that look-alikes may differ in", low=0, high=32)
+    NEAR_DUPLICATE_BITS: int | None = neutral(4, "of 64 may differ; None: no audit", low=0, high=32)
     MAX_BAD_FRACTION: float = neutral(0.01, "share of unusable images to go on with", low=0, high=1)
+    FIT: str = setting("crop", "for images that are not square", choices=("crop", "pad", "squash"))
     BALANCE: str = setting("weights", "helps rare classes", choices=("weights", "sampler", "none"))
     # What to train, and for how long
     MODEL_NAME: str = setting("resnet50", "the pretrained network", choices=MODELS)

@@ -245,6 +245,13 @@ def test_twin_trains_on_what_torchvision_made_of_the_files(tmp_path):
     assert images.shape == (2, 3, 2, 2) and (images == 40).all()
 
 
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_a_fit_that_torchvision_does_not_share_is_refused(tmp_path, capsys, fit):
+    with pytest.raises(SystemExit) as stopped:
+        accuracy.main(["--data", str(tmp_path), "--set", f"FIT={fit}"])
+    assert stopped.value.code == 2 and f"FIT={fit}" in capsys.readouterr().err
+
+
 def test_twin_mixes_as_ours_does(tmp_path):
     cpu = torch.device("cpu")
     cfg = bench_config(QUICK, cpu, BATCH_SIZE=16, MIX_PROB=1.0, EPOCHS=4, MIX_OFF_EPOCHS=1)

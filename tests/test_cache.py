@@ -47,25 +47,25 @@ def decoded_files(monkeypatch):
     found: list[int] = []
     original = cache.decode_image
 
-    def noting(data, size):
+    def noting(data, size, fit="crop"):
         found.append(len(data))
-        return original(data, size)
+        return original(data, size, fit)
 
     monkeypatch.setattr(cache, "decode_image", noting)
     return found
 
 
-def build(root: Path, place: Path | None, threads: int = 1) -> DecodedData:
-    return decode_data(load_splits(root), SIDE, cache_dir=place, threads=threads)
+def build(root: Path, place: Path | None, threads: int = 1, fit: str = "crop") -> DecodedData:
+    return decode_data(load_splits(root), SIDE, fit, cache_dir=place, threads=threads)
 
 
-def assert_right(decoded: DecodedData) -> None:
+def assert_right(decoded: DecodedData, fit: str = "crop") -> None:
     """Every usable image of every split is what decoding its file gives."""
     for name in SPLITS:
         split = decoded.data.splits[name]
         pixels = decoded.pixels[name][np.arange(len(split))]
         for i in range(len(split)):
-            direct = decode_image(split.path(i).read_bytes(), SIDE)
+            direct = decode_image(split.path(i).read_bytes(), SIDE, fit)
             np.testing.assert_array_equal(pixels[i], direct, err_msg=split.files[i])
 
 
@@ -183,6 +183,26 @@ def test_pixels_of_another_decoder_are_left_alone(tiny_root, place, monkeypatch,
     monkeypatch.setattr(cache, "DECODER_VERSION", cache.DECODER_VERSION + 1)
     build(tiny_root, place)
     assert len(decoded_files) == 2 * TOTAL
+
+
+def test_each_fit_is_cached_by_itself(tiny_root, place, decoded_files):
+    """Never mixed: not with what is there, not after a change, and both are found again."""
+    data, fits = load_splits(tiny_root), ("crop", "pad", "squash", "pad", "crop")
+    for number, fit in enumerate(fits):
+        assert (missing_bytes(data, SIDE, place, fit) == 0) == (number >= 3)
+        assert_right(build(tiny_root, place, fit=fit), fit)
+        assert len(decoded_files) == min(number + 1, 3) * TOTAL
+    assert len({cache_folder(data, SIDE, place, fit) for fit in fits}) == 3
+    victim = data.splits["val"].path(1)
+    Image.new("RGB", (44, 20), "teal").save(victim)
+    for fit in ("pad", "crop"):
+        assert_right(build(tiny_root, place, fit=fit), fit)
+    assert len(decoded_files) == 3 * TOTAL + 2
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_without_a_cache_the_fit_is_kept_too(tiny_root, fit):
+    assert_right(build(tiny_root, None, fit=fit), fit)
 
 
 @pytest.mark.parametrize("keep_date", [True, False])
@@ -454,10 +474,10 @@ from emotion_toolbox import cache
 from emotion_toolbox.tables import load_splits
 cache.SAVE_SECONDS = 0
 original = cache.decode_image
-def slowly(data, size):
+def slowly(data, size, fit="crop"):
     import time
     time.sleep(0.01)
-    return original(data, size)
+    return original(data, size, fit)
 cache.decode_image = slowly
 cache.decode_data(load_splits(Path(sys.argv[1])), 37, cache_dir=Path(sys.argv[2]), threads=2)
 """
@@ -537,11 +557,11 @@ def test_an_interrupted_build_stops_soon_and_keeps_what_it_has(
 ):
     original = cache.decode_image
 
-    def interrupted(data, size):
+    def interrupted(data, size, fit="crop"):
         if len(decoded_files) == 15:
             signal.raise_signal(signal.SIGINT)  # it reaches the main thread
             time.sleep(0.2)
-        return original(data, size)
+        return original(data, size, fit)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "decode_image", interrupted)
@@ -569,7 +589,7 @@ def test_two_processes_at_once(tiny_root, place):
 
 
 def test_the_settings_lead_here(tiny_config):
-    """NUM_WORKERS, CACHE and CACHE_SIZE of a configuration reach the cache."""
+    """NUM_WORKERS, CACHE, CACHE_SIZE and FIT of a configuration reach the cache."""
     from emotion_transfer.commands.train import open_data
 
     for settings in ({"CACHE": True}, {"CACHE": False}, {"CACHE_SIZE": 40, "NUM_WORKERS": 3}):
@@ -578,3 +598,11 @@ def test_the_settings_lead_here(tiny_config):
         fresh = isinstance(decoded.pixels["val"], cache.DecodedPixels)
         assert fresh == (settings.get("CACHE") is False)
         assert datasets["val"].pictures([0]).shape[1] == settings.get("CACHE_SIZE", 37)
+    pictures = {}
+    for fit in ("crop", "pad", "squash"):
+        for keep in (True, False):
+            cfg = tiny_config(FIT=fit, CACHE=keep)
+            train = open_data(cfg, listed(cfg))[1]["train"]
+            pictures[fit, keep] = train.pictures(np.arange(len(train)))
+        np.testing.assert_array_equal(pictures[fit, True], pictures[fit, False])
+    assert len({pixels.tobytes() for pixels in pictures.values()}) == 3

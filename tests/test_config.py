@@ -24,7 +24,7 @@ CHOICES = {n: f["choices"] for n, f in FACTS.items() if f["choices"] and n != "B
 RANGES = {n: (f["low"], f["high"]) for n, f in FACTS.items() if f["low"] is not None}
 # What may have another value when a run is resumed, because it cannot change what is learnt.
 NEUTRAL = {
-    "DATASET", "DATA_ROOT", "IMAGES_ROOT", "ALLOW_DUPLICATES", "MAX_BAD_FRACTION", "AUDIT",
+    "DATASET", "DATA_ROOT", "IMAGES_ROOT", "ALLOW_DUPLICATES", "MAX_BAD_FRACTION",
     "NEAR_DUPLICATE_BITS", "RUN_NAME", "OUTPUT_ROOT", "CACHE", "CACHE_DIR", "NUM_WORKERS",
     "LOG_EVERY", "BASELINES", "BOOTSTRAP", "CHECKPOINT_EVERY", "CHECKPOINT_STEPS",
     "CHECKPOINT_KEEP", "ON_SAVE_ERROR", "MAX_BAD_STEPS",
@@ -61,12 +61,14 @@ def test_every_field_says_what_it_means_in_a_few_words() -> None:
         assert 10 <= len(facts["meaning"]) <= 60 and "|" not in facts["meaning"], name
 
 
-def test_models_and_baselines_are_those_that_there_are() -> None:
+def test_models_fits_and_baselines_are_those_that_there_are() -> None:
     from emotion_toolbox.backbones import BACKBONES
+    from emotion_toolbox.decoding import FITS
     from emotion_toolbox.sample import DEFAULT_ROOT
     from emotion_transfer.baselines import BASELINE_MAKERS
 
     assert set(CHOICES["MODEL_NAME"]) == set(BACKBONES)
+    assert CHOICES["FIT"] == FITS
     assert set(FACTS["BASELINES"]["choices"]) == set(BASELINE_MAKERS)
     assert EnhancedConfig().DATA_ROOT == DEFAULT_ROOT
 

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import BmpImagePlugin, Image, ImageDraw, features
+from PIL import BmpImagePlugin, Image, ImageDraw, ImageOps, features
 from torchvision.transforms.v2 import functional as tv
 
 from emotion_toolbox import decoding
 from emotion_toolbox.decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
+    PAD_COLOUR,
     decode_image,
     image_suffixes,
     read_image_bytes,
@@ -130,6 +131,84 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture(
     with Image.open(io.BytesIO(raw)) as full:
         expected = reference(np.asarray(full.convert("RGB")), 64)
     assert_close(decode_image(raw, 64), expected, mean=2.0, most=60)
+
+
+# ------------------------------------------------------------------- images that are not square
+
+SHAPES = [(120, 90), (90, 120), (91, 60), (60, 91), (64, 64), (20, 30), (33, 50), (300, 7), (9, 80)]
+
+
+def pillow_fit(image: Image.Image, size: int, fit: str) -> Pixels:
+    """What Pillow's own functions make of an upright RGB image."""
+    square, way = (size, size), Image.Resampling.BICUBIC
+    fitted = {
+        "crop": lambda: ImageOps.fit(image, square, way),
+        "pad": lambda: ImageOps.pad(image, square, way, PAD_COLOUR),
+        "squash": lambda: image.resize(square, way),
+    }
+    return np.asarray(fitted[fit]())
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("size", [32, 37])
+@pytest.mark.parametrize(("width", "height"), SHAPES)
+def test_each_fit_is_that_of_pillow(width: int, height: int, size: int, fit: str) -> None:
+    picture = Image.fromarray(smooth(width, height))
+    ours, expected = decode_image(encode(picture), size, fit), pillow_fit(picture, size, fit)
+    # less exact where a long side is first reduced by a whole factor
+    assert_close(ours, expected, mean=0.6, most=2 if max(width, height) < 6 * size else 16)
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(120, 90), (90, 121)])
+def test_a_picture_is_turned_upright_before_it_is_padded(
+    width: int, height: int, orientation: int, fit: str
+) -> None:
+    """One bar is a pixel wider than the other, and it must be the same one after a turn."""
+    stored = Image.fromarray(smooth(width, height))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    upright = ImageOps.exif_transpose(stored)
+    raw = encode(stored, exif=exif)
+    assert_close(decode_image(raw, 37, fit), pillow_fit(upright, 37, fit), mean=0.6, most=2)
+
+
+def test_the_bars_are_the_colour_that_networks_see_as_nothing() -> None:
+    from emotion_toolbox.backbones import BACKBONES, IMAGENET_MEAN
+
+    assert tuple(round(255 * mean) for mean in IMAGENET_MEAN) == PAD_COLOUR
+    for spec in BACKBONES.values():
+        seen = (np.array(PAD_COLOUR) / 255 - spec.mean) / spec.std
+        assert np.abs(seen).max() < 0.2
+    ours = decode_image(encode(np.full((10, 40), 200, np.uint8)), 40, "pad")  # greyscale too
+    assert (ours[:15] == PAD_COLOUR).all() and (ours[25:] == PAD_COLOUR).all()
+    assert (ours[15:25] == 200).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white_whatever_the_fit(mode: str, fit: str) -> None:
+    picture = Image.fromarray(smooth()).convert(mode)
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    white = Image.new("RGBA", picture.size, "white")
+    flat = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    ours = decode_image(encode(picture), 32, fit)
+    assert_close(ours, pillow_fit(flat, 32, fit), mean=0.8, most=3)
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_a_fitted_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture(fit: str) -> None:
+    raw = encode(smooth(1031, 612), "JPEG", quality=95)
+    with Image.open(io.BytesIO(raw)) as full:
+        expected = pillow_fit(full.convert("RGB"), 64, fit)
+    assert_close(decode_image(raw, 64, fit), expected, mean=2, most=60)
+
+
+@pytest.mark.parametrize("fit", ["", "Crop", "stretch", None])
+def test_an_unknown_fit_is_an_error_and_no_bad_image(fit: Any) -> None:
+    with pytest.raises(ValueError, match="crop.*pad.*squash"):
+        decode_image(PNG, 32, fit)
 
 
 # ------------------------------------------------------------------- orientation
@@ -423,15 +502,19 @@ def peak_of(work: Callable[[], object]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "RGBA", "CMYK"])
 @pytest.mark.parametrize("size", [(50_000, 2), (2, 50_000)])
-def test_a_strip_does_not_become_a_giant(mode: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_a_strip_does_not_become_a_giant(mode: str, size: tuple[int, int], fit: str) -> None:
     strip = Image.new("RGB", size, (200, 100, 50))
     raw = encode(strip.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
     result: list[Pixels] = []
-    traced, grown = peak_of(lambda: result.append(decode_image(raw, 256)))
+    traced, grown = peak_of(lambda: result.append(decode_image(raw, 256, fit)))
     # scaled to a short side of 256 it would be 6,400,000 x 256 pixels, about 5 GB
     assert traced < 64 and grown < 64
     if mode != "L":
-        assert_close(result[0], np.full((256, 256, 3), (200, 100, 50)), mean=4, most=12)
+        seen = result[0][127:129, 127:129] if fit == "pad" else result[0]
+        seen = seen[(seen != PAD_COLOUR).any(-1)]
+        assert_close(seen, np.full(seen.shape, (200, 100, 50)), mean=4, most=12)
+        assert len(seen) == (2 if fit == "pad" else 256**2)
 
 
 LARGEST = 9459  # its square is just below the limit
@@ -446,7 +529,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 before = peak()
-assert decode_image(read_image_bytes(Path(sys.argv[1])), 256).shape == (256, 256, 3)
+assert decode_image(read_image_bytes(Path(sys.argv[1])), 256, sys.argv[2]).shape == (256, 256, 3)
 print(peak() - before)
 """
 
@@ -454,19 +537,19 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a process's peak memory")
 @pytest.mark.parametrize(
-    ("name", "mode", "options"),
+    ("name", "mode", "options", "fit"),
     [
-        ("grey16.png", "I;16", {"compress_level": 1}),
-        ("palette.png", "P", {"compress_level": 1, "transparency": bytes([128] * 256)}),
-        ("alpha.png", "RGBA", {"compress_level": 1}),
-        ("alpha.webp", "RGBA", {"lossless": True, "method": 0}),
-        ("alpha.jp2", "RGBA", {}),
-        ("integers.tif", "I", {"compression": "tiff_lzw"}),
-        ("print.tif", "CMYK", {"compression": "tiff_lzw"}),
+        ("grey16.png", "I;16", {"compress_level": 1}, "crop"),
+        ("palette.png", "P", {"compress_level": 1, "transparency": bytes([128] * 256)}, "crop"),
+        ("alpha.png", "RGBA", {"compress_level": 1}, "crop"),
+        ("alpha.webp", "RGBA", {"lossless": True, "method": 0}, "squash"),
+        ("alpha.jp2", "RGBA", {}, "squash"),
+        ("integers.tif", "I", {"compression": "tiff_lzw"}, "pad"),
+        ("print.tif", "CMYK", {"compression": "tiff_lzw"}, "crop"),
     ],
 )
 def test_the_largest_image_takes_no_more_memory_than_stated(
-    tmp_path: Path, name: str, mode: str, options: dict[str, Any]
+    tmp_path: Path, name: str, mode: str, options: dict[str, Any], fit: str
 ) -> None:
     assert LARGEST**2 <= MAX_IMAGE_PIXELS < (LARGEST + 1) ** 2
     picture = Image.new(mode, (LARGEST, LARGEST))
@@ -474,7 +557,7 @@ def test_the_largest_image_takes_no_more_memory_than_stated(
         picture.putpalette([0] * 768)
     picture.save(tmp_path / name, **options)
     del picture
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / name)]
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / name), fit]
     root = str(Path(__file__).parents[1])
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -737,7 +737,7 @@ def test_settings_that_shape_nothing_may_change(interrupted, tmp_path):
         "RUN_NAME": "other", "OUTPUT_ROOT": "elsewhere", "CACHE": False, "CACHE_DIR": "elsewhere",
         "NUM_WORKERS": 3, "LOG_EVERY": 1, "BASELINES": (), "BOOTSTRAP": 999,
         "CHECKPOINT_EVERY": 0.0, "CHECKPOINT_KEEP": 5, "ON_SAVE_ERROR": "continue",
-        "AUDIT": False, "NEAR_DUPLICATE_BITS": 0, "DATASET": "auto", "DATA_ROOT": "elsewhere",
+        "NEAR_DUPLICATE_BITS": None, "DATASET": "auto", "DATA_ROOT": "elsewhere",
         "IMAGES_ROOT": "elsewhere", "ALLOW_DUPLICATES": True, "MAX_BAD_FRACTION": 0.5,
         "MAX_BAD_STEPS": 3, "CHECKPOINT_STEPS": 2,
     }  # fmt: skip

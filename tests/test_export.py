@@ -65,10 +65,13 @@ def exported(tmp_path):
     return export_model(tmp_path / "export", cfg, trained(cfg), CLASSES, FACTS)
 
 
-@pytest.mark.parametrize("name", ["small", "efficientnet_lite0"])
-def test_the_files_give_the_same_probabilities(tiny_root, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "fit"),
+    [("small", "crop"), ("small", "pad"), ("small", "squash"), ("efficientnet_lite0", "crop")],
+)
+def test_the_files_give_the_same_probabilities(tiny_root, tmp_path, name, fit):
     """Against the evaluation that made the reported figures."""
-    cfg = small_config(tmp_path, MODEL_NAME=name, INIT_FROM="some-best.pt")
+    cfg = small_config(tmp_path, MODEL_NAME=name, FIT=fit, INIT_FROM="some-best.pt")
     model, dataset = trained(cfg), file_datasets(cfg)["test"]
     asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE}
     expected = predict(model, dataset, **asked).probabilities
@@ -80,12 +83,13 @@ def test_the_files_give_the_same_probabilities(tiny_root, tmp_path, name):
     ours = model.state_dict()
     assert all(torch.equal(ours[k], v) for k, v in loaded.model.state_dict().items())
     assert (loaded.image_size, loaded.resize) == (cfg.IMG_SIZE, cache_size(cfg))
+    assert loaded.fit == fit
 
 
 def test_what_travels_with_the_weights(exported):
     about = json.loads((exported / "config.json").read_text())
     assert about["classes"] == list(CLASSES) and about["model"] == "small"
-    assert (about["image_size"], about["resize"]) == (32, 36)
+    assert (about["image_size"], about["resize"], about["fit"]) == (32, 36, "crop")
     assert about["mean"] == [0.5, 0.4, 0.6] and about["std"] == [0.2, 0.3, 0.25]
     assert about["metrics"] == FACTS["metrics"] and about["synthetic"] is False
     assert {p.name for p in exported.iterdir()} == {"config.json", "model.safetensors", "README.md"}
@@ -165,12 +169,16 @@ def test_the_card_speaks_of_emotion_only_where_the_classes_are_emotions(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_b0"])
-def test_the_weights_load_without_this_project(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "weights", "fit"),
+    [("efficientnet_b0", None, "crop")]
+    + [("efficientnet_lite0", "DEFAULT", fit) for fit in ("crop", "pad", "squash")],
+)
+def test_the_weights_load_without_this_project(tmp_path, name, weights, fit):
     """By the lines in the model card, in a process that cannot import it, without a warning."""
-    cfg = make_config({"MODEL_NAME": name, "IMG_SIZE": 64, "WEIGHTS": None})
+    cfg = make_config({"MODEL_NAME": name, "IMG_SIZE": 64, "FIT": fit, "WEIGHTS": weights})
     folder = export_model(tmp_path / "export", cfg, build_model(cfg, 3), CLASSES, FACTS)
-    picture = Image.linear_gradient("L").convert("RGB").resize((120, 90))
+    picture = Image.linear_gradient("L").rotate(45).convert("RGB").resize((160, 60))
     exif = picture.getexif()
     exif[ExifTags.Base.Orientation] = 6  # lies on its side
     picture.save(folder / "picture.jpg", exif=exif)
@@ -183,8 +191,13 @@ def test_the_weights_load_without_this_project(tmp_path, name):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = list(ast.literal_eval(done.stdout).values())
-    expected = predict_files(load_export(folder), [folder / "picture.jpg"])[0]
+    loaded = load_export(folder)
+    expected = predict_files(loaded, [folder / "picture.jpg"])[0]
     np.testing.assert_allclose(found, expected, atol=2e-3)
+    for other in {"crop", "pad", "squash"} - {fit} if weights else ():  # the test can tell them
+        answer = dataclasses.replace(loaded, fit=other)
+        wrong = predict_files(answer, [folder / "picture.jpg"])[0]
+        assert np.abs(wrong - found).max() > 5e-3
 
 
 def test_an_export_is_written_over_an_older_one(tmp_path, exported):
@@ -292,6 +305,9 @@ ABOUT = {
     "an unknown model": {"config": {"MODEL_NAME": "../../etc/passwd"}},
     "an odd size": {"config": {"MODEL_NAME": "small", "IMG_SIZE": 1e400}},
     "another resize": {"resize": 10**9},
+    "an unknown fit": {"fit": "stretch"},
+    "a list of fits": {"fit": ["crop"]},
+    "no fit": {"fit": None},
     "a nested setting": {"config": {"MODEL_NAME": [["small"]]}},
     "another model": {"config": {"MODEL_NAME": "efficientnet_lite0"}},
 }
@@ -303,6 +319,15 @@ def test_a_description_that_does_not_fit(exported, what):
     file.write_text(json.dumps({**json.loads(file.read_text()), **ABOUT[what]}))
     with pytest.raises(ExportError, match=re.escape(str(exported))):
         load_export(exported)
+
+
+def test_an_older_export_says_nothing_of_a_fit_and_means_crop(exported):
+    file = exported / "config.json"
+    about = json.loads(file.read_text())
+    del about["fit"], about["config"]["FIT"]
+    about["config"]["AUDIT"] = True  # a setting of that time
+    file.write_text(json.dumps(about))
+    assert load_export(exported).fit == "crop"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from emotion_toolbox.export import export_model, load_export, predict_files
 from emotion_transfer import __main__ as program
@@ -83,6 +83,24 @@ def test_an_image_and_its_classes(export, image, capsys):
     order = np.argsort(-expected)
     shown = ", ".join(f"{NAMES[i]} {expected[i]:.1%}" for i in order)
     assert said.out == f"{image}: {shown}\n" and said.err == ""
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_the_fit_of_the_training_is_that_of_the_answers(export, image, tmp_path, capsys, fit):
+    folder = shutil.copytree(export, tmp_path / "export")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "fit": fit}))
+    assert main(["--model", str(folder), "--json", str(image)]) == 0
+    found = dict(json.loads(capsys.readouterr().out)["top"])
+    side = about["resize"]
+    with Image.open(image) as picture:
+        square = ImageOps.pad(picture, (side, side), color=(124, 116, 104))
+        squashed = picture.resize((side, side))
+    (squashed if fit == "squash" else square).save(tmp_path / "square.png")
+    expected = predict_files(load_export(export, module.network_of), [tmp_path / "square.png"])[0]
+    assert [found[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=1e-3)
+    cropped = predict_files(load_export(export, module.network_of), [image])[0]
+    assert np.abs(cropped - expected).max() > 3e-3
 
 
 def test_json_for_programs(export, image, capsys):

@@ -125,12 +125,12 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def decode(path: str, side: int) -> npt.NDArray[np.uint8] | ImageError:
+def decode(path: str, side: int, fit: str) -> npt.NDArray[np.uint8] | ImageError:
     """An image as its square, uint8 [side, side, 3], or why it has none."""
     try:
         if ADDRESS.match(path):
             raise ImageError("an address; download the picture and give the file")
-        return decode_image(read_image_bytes(Path(path)), side)
+        return decode_image(read_image_bytes(Path(path)), side, fit)
     except ImageError as error:
         return error
 
@@ -140,9 +140,8 @@ def answers(
 ) -> Iterator[tuple[str, npt.NDArray[np.float64] | ImageError]]:
     """Each path with its class probabilities [C], or why it has none, in order."""
     size = max(1, BATCH_PIXELS // exported.image_size**2)
-    squares = work_ahead(
-        partial(decode, side=exported.resize), paths, threads=THREADS, depth=2 * size, name="decode"
-    )
+    prepare = partial(decode, side=exported.resize, fit=exported.fit)
+    squares = work_ahead(prepare, paths, threads=THREADS, depth=2 * size, name="decode")
     for first in range(0, len(paths), size):
         batch = list(islice(squares, size))
         good = [square for square in batch if not isinstance(square, ImageError)]

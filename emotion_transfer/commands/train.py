@@ -36,7 +36,7 @@ def open_data(
 ) -> tuple[DecodedData, dict[str, EmotionDataset]]:
     """The datasets as `cfg` asks for them."""
     return open_datasets(
-        listed, cache_size(cfg), cache_dir=cfg.CACHE_DIR if cfg.CACHE else None,
+        listed, cache_size(cfg), cfg.FIT, cache_dir=cfg.CACHE_DIR if cfg.CACHE else None,
         threads=cfg.NUM_WORKERS, max_bad_fraction=cfg.MAX_BAD_FRACTION,
         allow_duplicates=cfg.ALLOW_DUPLICATES, most=2 * cfg.BATCH_SIZE if cfg.DEBUG else None,
     )  # fmt: skip

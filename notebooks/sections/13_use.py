@@ -41,7 +41,7 @@ if upload.value:
     picture.write_bytes(upload.value[0]["content"])
 answer = predict_files(exported, [picture])[0]
 said = "\n".join(f"{name} {share:.0%}" for name, share in top_classes(answer, classes))
-pixels = decode_image(read_image_bytes(picture), cache_size(cfg))
+pixels = decode_image(read_image_bytes(picture), cache_size(cfg), cfg.FIT)
 keep_figure(plot_image_grid([pixels], [said]), name="answer")
 
 # %% [markdown]
