@@ -273,7 +273,7 @@ def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ())
 
 
 def plot_curves(curves: Mapping[str, Any], title: str) -> Figure:
-    """One line a run: what `title` says, as *validation accuracy*, at the start and after each epoch."""
+    """One line a run: what `title` says, such as an accuracy, at the start and after each epoch."""
     fig, [[ax]] = new_figure(6.5, 3.4)
     for (name, values), colour in zip(curves.items(), OKABE_ITO[::-1], strict=False):
         label = fit_text(f"best {max(values):.3f}: {name.replace('_', ' ')}", 3.5, 8)
