@@ -19,6 +19,7 @@ from emotion_toolbox.decoding import decode_image, read_image_bytes
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.errors import ExportError
 from emotion_toolbox.files import write_atomically, write_text
+from emotion_toolbox.measures import TEMPERATURES
 from emotion_toolbox.pixels import Floats, prepare_images
 from emotion_toolbox.tables import MIKELS_CLASSES
 
@@ -44,6 +45,7 @@ def export_model(
         "resize": resize,
         "mean": spec.mean,
         "std": spec.std,
+        "temperature": facts["temperature"],
         "synthetic": facts["synthetic"],
         "dataset": facts["dataset"],
         "metrics": facts["metrics"],
@@ -125,7 +127,7 @@ model.load_state_dict(load_file("model.safetensors"))
 image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
 square = ImageOps.fit(image, (about["resize"], about["resize"]), Image.BICUBIC)
 pixels = F.to_tensor(F.center_crop(square, about["image_size"]))
-scores = model(F.normalize(pixels, about["mean"], about["std"])[None])
+scores = model(F.normalize(pixels, about["mean"], about["std"])[None]) / about["temperature"]
 print(dict(zip(about["classes"], scores.softmax(1)[0].tolist())))
 ```
 
@@ -152,6 +154,7 @@ class ExportedModel:
     classes: tuple[str, ...]
     image_size: int
     resize: int
+    temperature: float  # by which its logits are divided
     synthetic: bool  # trained on the built-in sample
 
 
@@ -174,6 +177,10 @@ def load_export(
         name, size, resize = settings["MODEL_NAME"], settings["IMG_SIZE"], about["resize"]
         if not size <= resize <= 2 * size:
             raise ValueError("resize in config.json does not fit IMG_SIZE")
+        low, high = TEMPERATURES
+        temperature = about.get("temperature", 1)  # older exports have none
+        if type(temperature) not in (int, float) or not low <= temperature <= high:
+            raise ValueError(f"temperature in config.json must be from {low:g} to {high:g}")
         model.load_state_dict(tensors)
         refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
@@ -183,7 +190,7 @@ def load_export(
         ) from error
     model.to(choose_device(device)).eval().requires_grad_(False)
     synthetic = about.get("synthetic") is True
-    return ExportedModel(model, BACKBONES[name], classes, size, resize, synthetic)
+    return ExportedModel(model, BACKBONES[name], classes, size, resize, temperature, synthetic)
 
 
 def checked_classes(classes: Any) -> tuple[str, ...]:
@@ -208,7 +215,8 @@ def predict_squares(exported: ExportedModel, squares: Sequence[npt.NDArray[np.ui
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     images = images.to(next(exported.model.parameters()).device)
     inputs = prepare_images(images, exported.image_size, exported.spec.mean, exported.spec.std)
-    return np.asarray(exported.model(inputs).double().softmax(1).cpu().numpy())
+    logits = exported.model(inputs).double() / exported.temperature
+    return np.asarray(logits.softmax(1).cpu().numpy())
 
 
 def top_classes(
