@@ -165,7 +165,7 @@ def describe_temperature(temperature: float, before: Any, after: Any) -> str:
     ece, nll = (f"{before[m]['value']:.3f} to {after[m]['value']:.3f}" for m in ("ece", "nll"))
     text = f"A temperature of {temperature:.2f} takes the test ECE from {ece}, the NLL from {nll}."
     if temperature in TEMPERATURES:
-        return f"{text} It is the end of its range: validation is too small or too easy to fit it."
+        return f"{text} It is the end of its range, as where every validation answer is right."
     return text
 
 

@@ -332,7 +332,7 @@ def test_an_export_from_before_there_was_a_temperature(exported, tmp_path):
 def test_a_wrong_temperature_is_named(exported):
     file = exported / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0}))
-    with pytest.raises(ExportError, match="temperature in config.json must be from 0.2 to 10"):
+    with pytest.raises(ExportError, match="temperature in config.json must be from 0.1 to 10"):
         load_export(exported)
 
 

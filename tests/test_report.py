@@ -19,7 +19,7 @@ from small_run import (
 )
 
 from emotion_toolbox.errors import ConfigError
-from emotion_toolbox.measures import Predictions, calibrate, fit_temperature
+from emotion_toolbox.measures import TEMPERATURES, Predictions, calibrate, fit_temperature
 from emotion_toolbox.report import (
     PUBLISHED_EMOSET,
     closing_text,
@@ -161,7 +161,7 @@ def test_the_temperature_in_words():
     text = describe_temperature(1.5, before, after)
     assert text.startswith("A temperature of 1.50 takes the test ECE from 0.510 to 0.300, the NLL")
     assert "range" not in text
-    for end in (0.2, 10.0):
+    for end in TEMPERATURES:
         assert describe_temperature(end, before, after).startswith(f"A temperature of {end:.2f} ")
         assert "the end of its range" in describe_temperature(end, before, after)
 
