@@ -19,6 +19,7 @@ from emotion_toolbox.decoding import FITS, PAD_COLOUR, decode_image, read_image_
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.errors import ExportError
 from emotion_toolbox.files import write_atomically, write_text
+from emotion_toolbox.measures import TEMPERATURES, apply_temperature
 from emotion_toolbox.pixels import Floats, prepare_images
 from emotion_toolbox.tables import MIKELS_CLASSES
 
@@ -50,6 +51,8 @@ def export_model(
         "fit": settings["FIT"],
         "mean": spec.mean,
         "std": spec.std,
+        "tta": settings["TTA"],
+        "temperature": facts["temperature"],
         "synthetic": facts["synthetic"],
         "dataset": facts["dataset"],
         "metrics": facts["metrics"],
@@ -91,8 +94,7 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], head: nn.Modu
     )
     packaged = 'timm.create_model("tf_efficientnet_lite0")'
     make = packaged if name == PACKAGED[0] else f"torchvision.models.{name}()"
-    layers = ", ".join(f"{layer}=nn.{module}" for layer, module in head.named_children())
-    layers = re.sub(r", eps=.*?\)", ")", layers)  # defaults, of which an older torch lacks one
+    layers = re.sub(r", eps=.*?\)", ")", written(head))  # defaults, of which older torch lacks one
     return f"""---
 library_name: pytorch
 pipeline_tag: image-classification
@@ -125,15 +127,21 @@ from torchvision.transforms import functional as F
 about = json.load(open("config.json"))
 backbone = {make}
 backbone.{BACKBONES[name].output} = nn.Identity()
-head = nn.Sequential(OrderedDict({layers}))
+class Head(nn.ModuleDict):
+    def forward(self, features):
+        return sum(part(features) for part in self.values())
+head = {layers}
 model = nn.Sequential(OrderedDict(backbone=backbone, head=head)).eval()
 model.load_state_dict(load_file("model.safetensors"))
 image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
 size = (about["resize"], about["resize"])
 square = {FITTED[about["fit"]]}
 pixels = F.to_tensor(F.center_crop(square, about["image_size"]))
-scores = model(F.normalize(pixels, about["mean"], about["std"])[None])
-print(dict(zip(about["classes"], scores.softmax(1)[0].tolist())))
+views = [F.normalize(pixels, about["mean"], about["std"])[None]]
+if about["tta"]:
+    views.append(views[0].flip(3))
+shares = sum(model(view).softmax(1)[0] for view in views) ** (1 / about["temperature"])
+print(dict(zip(about["classes"], (shares / shares.sum()).tolist())))
 ```
 
 ## Limits
@@ -141,6 +149,14 @@ print(dict(zip(about["classes"], scores.softmax(1)[0].tolist())))
 {limits} It inherits whatever bias its pictures and its annotators had, and the licence terms of the
 data it was trained on.
 """
+
+
+def written(module: nn.Module) -> str:
+    """The Python that makes `module`, a layer or layers with names."""
+    inner = ", ".join(f"{name}={written(part)}" for name, part in module.named_children())
+    if isinstance(module, nn.ModuleDict):
+        return f"Head(OrderedDict({inner}))"
+    return f"nn.Sequential(OrderedDict({inner}))" if inner else f"nn.{module}"
 
 
 def literal(text: str) -> str:
@@ -160,6 +176,8 @@ class ExportedModel:
     image_size: int
     resize: int
     fit: str
+    tta: bool  # whether an answer is the mean over an image and its mirror image
+    temperature: float  # by which its logits are divided
     synthetic: bool  # trained on the built-in sample
 
 
@@ -177,7 +195,8 @@ def load_export(
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
         classes, settings = checked_classes(about["classes"]), {**about["config"], "WEIGHTS": None}
         settings.pop("AUDIT", None)  # older exports hold this former setting
-        if len(tensors.get("head.output.weight", ())) != len(classes):  # before a head is made
+        last = [part for key, part in tensors.items() if key.endswith("output.weight")]
+        if {len(part) for part in last} != {len(classes)}:  # before a head is made
             raise ValueError(f"model.safetensors is not for {len(classes)} classes")
         model = make_model(settings, len(classes))
         name, size, resize = settings["MODEL_NAME"], settings["IMG_SIZE"], about["resize"]
@@ -185,6 +204,12 @@ def load_export(
             raise ValueError("resize in config.json does not fit IMG_SIZE")
         if (fit := about.get("fit", "crop")) not in FITS:
             raise ValueError(f"fit in config.json is {fit!r:.80}, none of {', '.join(FITS)}")
+        low, high = TEMPERATURES
+        temperature = about.get("temperature", 1)  # older exports have none
+        if type(temperature) not in (int, float) or not low <= temperature <= high:
+            raise ValueError(f"temperature in config.json must be from {low:g} to {high:g}")
+        if type(tta := about.get("tta", False)) is not bool:
+            raise ValueError("tta in config.json must be true or false")
         model.load_state_dict(tensors)
         refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
@@ -194,7 +219,9 @@ def load_export(
         ) from error
     model.to(choose_device(device)).eval().requires_grad_(False)
     synthetic = about.get("synthetic") is True
-    return ExportedModel(model, BACKBONES[name], classes, size, resize, fit, synthetic)
+    return ExportedModel(
+        model, BACKBONES[name], classes, size, resize, fit, tta, temperature, synthetic
+    )
 
 
 def checked_classes(classes: Any) -> tuple[str, ...]:
@@ -220,7 +247,9 @@ def predict_squares(exported: ExportedModel, squares: Sequence[npt.NDArray[np.ui
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     images = images.to(next(exported.model.parameters()).device)
     inputs = prepare_images(images, exported.image_size, exported.spec.mean, exported.spec.std)
-    return np.asarray(exported.model(inputs).double().softmax(1).cpu().numpy())
+    views = (inputs, inputs.flip(3)) if exported.tta else (inputs,)
+    shares = torch.stack([exported.model(view).cpu().double().softmax(1) for view in views])
+    return apply_temperature(shares.mean(0).numpy(), exported.temperature)
 
 
 def top_classes(

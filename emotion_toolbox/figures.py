@@ -245,8 +245,8 @@ def plot_schedule(
 def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ()) -> Figure:
     """Three panels of a run: loss, accuracy with the gap to training, and macro F1.
 
-    `history` has a row an epoch, 0 being the start, with the columns read below (val_ema_* only where
-    there are averages).
+    `history` has a row an epoch, 0 being the start, with the columns read below (val_ema_* only
+    where there are averages).
     """
     table = history.set_index("epoch")
     clean = table["train_clean_accuracy"]
@@ -369,22 +369,30 @@ def plot_confusion(confusion: npt.ArrayLike, classes: Names) -> Figure:
     return fig
 
 
-def plot_reliability(table: pd.DataFrame, ece: float | Estimate) -> Figure:
-    """Accuracy against confidence, from ``reliability_table``, and how often each confidence is."""
-    fig, axes = new_figure(6.5, 5.6, 2, 1, sharex=True, height_ratios=(3, 1))
-    top, histogram = axes.flat
-    centre, few = (table["lower"] + table["upper"]) / 2, table["count"] < 10
-    bars = {"width": table["upper"] - table["lower"], "color": SKY, "edgecolor": "white"}
-    right, sure = table["accuracy"], table["confidence"]
-    top.bar(centre, right.mask(few), label="accuracy of the bin", **bars)
-    top.bar(centre, right.where(few), alpha=0.3, label="the same, fewer than 10 images", **bars)
-    top.plot([0, 1], [0, 1], "--", color="0.35", label="perfect calibration")
-    top.vlines(sure, right, sure, color=RED, lw=2.5, label="gap to the mean confidence")
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    top.set_title(f"Expected calibration error {ece:.3f}", loc="left")
-    histogram.bar(centre, table["count"], **{**bars, "color": "0.6"})
-    histogram.set(xlabel="confidence", ylabel="images")
-    fig.legend(**BELOW | {"ncols": 2})
+def plot_reliability(
+    tables: Sequence[pd.DataFrame], metrics: Sequence[Mapping[str, Estimate]], temperature: float
+) -> Figure:
+    """Accuracy against confidence and how often each is, before and after the `temperature`.
+
+    From two of ``reliability_table`` and of ``evaluate_predictions``, before and after.
+    """
+    fig, axes = new_figure(11, 5.8, 2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    titles = "before", f"divided by T = {temperature:.2f}"
+    for (top, histogram), table, said, title in zip(axes.T, tables, metrics, titles, strict=True):
+        centre, few = (table["lower"] + table["upper"]) / 2, table["count"] < 10
+        bars = {"width": table["upper"] - table["lower"], "color": SKY, "edgecolor": "white"}
+        right, sure = table["accuracy"], table["confidence"]
+        top.bar(centre, right.mask(few), label="accuracy of the bin", **bars)
+        top.bar(centre, right.where(few), alpha=0.3, label="the same, fewer than 10 images", **bars)
+        top.plot([0, 1], [0, 1], "--", color="0.35", label="perfect calibration")
+        top.vlines(sure, right, sure, color=RED, lw=2.5, label="gap to the mean confidence")
+        top.set_title(f"ECE {said['ece']:.3f}\nNLL {said['nll']:.3f}", loc="left")
+        top.set_title(title, loc="right")
+        histogram.bar(centre, table["count"], **{**bars, "color": "0.6"})
+        histogram.set_xlabel("confidence")
+    axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    axes[1, 0].set_ylabel("images")
+    fig.legend(*top.get_legend_handles_labels(), **BELOW)
     return fig
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
@@ -16,6 +18,7 @@ Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 ECE_BINS = 15  # as in Guo et al. 2017
 BIN_EDGES = np.linspace(0, 1, ECE_BINS + 1)
+TEMPERATURES = (0.1, 10.0)  # by which logits may be divided
 HEALTHY_GAP = 0.05  # a difference nobody need act on, even if it is real
 LOW_TRAIN_ACCURACY = 0.6  # below this, the model has not even learnt what it was shown
 FEW_PER_CLASS = 10  # validation images; with fewer, no epoch can be told from another
@@ -142,6 +145,44 @@ def hits_by_name(
     return found
 
 
+def log_losses(labels: Labels, probabilities: Floats) -> Floats:
+    """-log of each image's probability of its label [N]; 0 counts as 2.2e-16, as in scikit-learn.
+
+    Their mean is the negative log-likelihood.
+    """
+    of_label = probabilities[np.arange(len(labels)), labels]
+    return np.asarray(-np.log(np.clip(of_label, np.finfo(np.float64).eps, 1)))
+
+
+def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
+    """softmax(logits / temperature) of `probabilities` [N, C], whose logs serve as the logits.
+
+    They differ from these by a constant a row, which softmax ignores.
+    """
+    logits = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    return np.asarray(softmax(logits / temperature, axis=1))
+
+
+def fit_temperature(labels: Labels, probabilities: Floats) -> float:
+    """The temperature (Guo et al. 2017) that gives `labels` the least negative log-likelihood.
+
+    Of the validation split's `labels` [N] and `probabilities` [N, C]. It stays in `TEMPERATURES`,
+    for it would go to 0 where every answer is right; and it is 1 where no other is better.
+    """
+
+    def loss(temperature: float) -> float:
+        return float(log_losses(labels, apply_temperature(probabilities, temperature)).mean())
+
+    found = minimize_scalar(lambda log_t: loss(math.exp(log_t)), bounds=np.log(TEMPERATURES))
+    return min((1.0, *TEMPERATURES, math.exp(found.x)), key=lambda t: round(loss(t), 12))
+
+
+def calibrate(predictions: Predictions, temperature: float) -> Predictions:
+    """The same `predictions` with another `temperature`; the order of the classes stays."""
+    p = apply_temperature(predictions.probabilities, temperature)
+    return Predictions(predictions.labels, p, float(log_losses(predictions.labels, p).mean()))
+
+
 def reliability_table(labels: Labels, probabilities: Floats) -> pd.DataFrame:
     """Confidence against accuracy in equal bins (lower, upper] of confidence.
 
@@ -156,27 +197,30 @@ def reliability_table(labels: Labels, probabilities: Floats) -> pd.DataFrame:
     return table.assign(lower=BIN_EDGES[:-1], upper=BIN_EDGES[1:])
 
 
-def calibration_estimate(
+def calibration_estimates(
     labels: Labels, probabilities: Floats, resamples: int, rng: np.random.Generator
-) -> Estimate:
-    """The expected calibration error (Guo et al. 2017) with its *basic* bootstrap interval.
+) -> dict[str, Estimate]:
+    """How far to trust the probabilities: "ece" and "nll", with bootstrap intervals.
 
-    Mean |accuracy - confidence| over the bins, weighted by their counts. Noise in the bins'
-    accuracies biases it upwards, and resampling adds the same once more. The basic interval mirrors
-    the resamples about the value, and so takes that bias off.
+    The expected calibration error (Guo et al. 2017) is the mean |accuracy - confidence| over the
+    bins, weighted by their counts. Noise in the bins' accuracies biases it upwards, and resampling
+    adds the same once more. Its *basic* interval mirrors the resamples about the value, and so
+    takes that bias off. The negative log-likelihood is a plain mean, with a percentile interval.
     """
     confidence, n = probabilities.max(axis=1), len(labels)
     bin_of = np.digitize(confidence, BIN_EDGES[1:-1], right=True)
     excess = (probabilities.argmax(axis=1) == labels) - confidence
+    losses = log_losses(labels, probabilities)
 
-    def error(images: npt.NDArray[np.intp]) -> float:
+    def measure(images: npt.NDArray[np.intp]) -> tuple[float, float]:
         sums = np.bincount(bin_of[images], weights=excess[images], minlength=ECE_BINS)
-        return float(np.abs(sums).sum() / n)
+        return float(np.abs(sums).sum() / n), float(losses[images].mean())
 
-    value = error(np.arange(n))
-    resampled = [error(rng.integers(n, size=n)) for _ in range(resamples)]
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(value, min(value, max(0.0, 2 * value - high)), max(value, 2 * value - low))
+    ece, nll = measure(np.arange(n))
+    resampled = [measure(rng.integers(n, size=n)) for _ in range(resamples)]
+    (low, nll_low), (high, nll_high) = np.quantile(resampled, (0.025, 0.975), axis=0).tolist()
+    basic = min(ece, max(0.0, 2 * ece - high)), max(ece, 2 * ece - low)
+    return {"ece": Estimate(ece, *basic), "nll": Estimate(nll, nll_low, nll_high)}
 
 
 def per_class_table(labels: Labels, predictions: Labels, classes: Sequence[str]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.files import resolve_path, write_text
 from emotion_toolbox.keeper import FitResult
-from emotion_toolbox.measures import Estimate, Predictions
+from emotion_toolbox.measures import TEMPERATURES, Estimate, Predictions
 from emotion_toolbox.settings import settings_hash
 from emotion_toolbox.tables import MIKELS_CLASSES, EmotionData
 
@@ -104,8 +104,13 @@ def summarise_run(
     result: FitResult,
     metrics: Mapping[str, Mapping[str, Estimate]],
     tests: Mapping[str, Any],
+    temperature: float,
+    uncalibrated: Mapping[str, Mapping[str, Estimate]],
 ) -> dict[str, Any]:
-    """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline."""
+    """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline.
+
+    `uncalibrated` are those of the two splits without the `temperature`.
+    """
     gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
     figures = {name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()}
     return {
@@ -120,6 +125,11 @@ def summarise_run(
         "best_source": result.best_source,
         "finished": result.finished,
         "metrics": {split: figures[split] for split in ("val", "test")},
+        "temperature": temperature,
+        "uncalibrated": {
+            split: {name: found[name].to_json() for name in ("ece", "nll")}
+            for split, found in uncalibrated.items()
+        },
         "baselines": {name: figures[name] for name in tests},
         "paired_tests": {name: asdict(test) for name, test in tests.items()},
         "train_val_gap": float(gaps[result.best_epoch]),
@@ -150,6 +160,15 @@ def describe_difference(name: str, difference: Mapping[str, float]) -> str:
     return f"It is {verdict} than the {name} by {abs(value):.1f} points ({interval})."
 
 
+def describe_temperature(temperature: float, before: Any, after: Any) -> str:
+    """What dividing the scores by it did, from the metrics of the test split in the summary."""
+    ece, nll = (f"{before[m]['value']:.3f} to {after[m]['value']:.3f}" for m in ("ece", "nll"))
+    text = f"A temperature of {temperature:.2f} takes the test ECE from {ece}, the NLL from {nll}."
+    if temperature in TEMPERATURES:
+        return f"{text} It is the end of its range, as where every validation answer is right."
+    return text
+
+
 def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
     """The run summed up in Markdown, from its own numbers."""
     lines = []
@@ -170,6 +189,8 @@ def closing_text(summary: Mapping[str, Any], folder: Path) -> str:
     for name, found in summary["paired_tests"].items():
         shown = f"{name.replace('_', ' ')} baseline"
         lines.append(f"- {describe_difference(shown, found['difference'])}")
+    before, after = summary["uncalibrated"]["test"], summary["metrics"]["test"]
+    lines.append("\n" + describe_temperature(summary["temperature"], before, after))
     source = "averaged (EMA)" if summary["best_source"] == "ema" else "raw"
     lines.append(
         f"\nThe best epoch was {summary['best_epoch']} of {summary['epochs']}, with the {source} "

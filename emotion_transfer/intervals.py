@@ -18,7 +18,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
-    Estimate, calibration_estimate, check_probabilities, confusion_metrics, hits_by_name,
+    Estimate, calibration_estimates, check_probabilities, confusion_metrics, hits_by_name,
     percentile_interval,
 )  # fmt: skip
 
@@ -40,5 +40,4 @@ def evaluate_predictions(
     for name, hits in hits_by_name(y, p, classes).items():  # top-2, polarity: where they mean much
         share = hits.mean()
         result[name] = percentile_interval(share, rng.binomial(n, share, resamples) / n)
-    result["ece"] = calibration_estimate(y, p, resamples, rng)
-    return result
+    return result | calibration_estimates(y, p, resamples, rng)

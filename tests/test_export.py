@@ -22,6 +22,7 @@ from emotion_toolbox import export
 from emotion_toolbox.errors import ConfigError, ExportError, ImageError
 from emotion_toolbox.export import predict_files, top_classes
 from emotion_toolbox.keeper import load_initial_weights
+from emotion_toolbox.measures import calibrate
 from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.commands.predict import network_of
 from emotion_transfer.config import cache_size, make_config
@@ -30,6 +31,7 @@ from emotion_transfer.model import build_model
 
 FACTS = {
     "synthetic": False, "dataset": "my photographs", "weights": "DEFAULT", "epochs": 3,
+    "temperature": 0.4,
     "metrics": {"test": {"accuracy": {"value": 0.81234, "low": 0.7, "high": 0.9}}},
 }  # fmt: skip
 
@@ -70,11 +72,11 @@ def exported(tmp_path):
     [("small", "crop"), ("small", "pad"), ("small", "squash"), ("efficientnet_lite0", "crop")],
 )
 def test_the_files_give_the_same_probabilities(tiny_root, tmp_path, name, fit):
-    """Against the evaluation that made the reported figures."""
+    """Against the evaluation that made the reported figures, with their temperature."""
     cfg = small_config(tmp_path, MODEL_NAME=name, FIT=fit, INIT_FROM="some-best.pt")
     model, dataset = trained(cfg), file_datasets(cfg)["test"]
     asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE}
-    expected = predict(model, dataset, **asked).probabilities
+    expected = calibrate(predict(model, dataset, **asked), FACTS["temperature"]).probabilities
     folder = export_model(tmp_path / "export", cfg, model, CLASSES, FACTS)
     loaded = load_export(folder)
     assert loaded.classes == CLASSES and not loaded.model.training
@@ -91,6 +93,7 @@ def test_what_travels_with_the_weights(exported):
     assert about["classes"] == list(CLASSES) and about["model"] == "small"
     assert (about["image_size"], about["resize"], about["fit"]) == (32, 36, "crop")
     assert about["mean"] == [0.5, 0.4, 0.6] and about["std"] == [0.2, 0.3, 0.25]
+    assert about["temperature"] == 0.4
     assert about["metrics"] == FACTS["metrics"] and about["synthetic"] is False
     assert {p.name for p in exported.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     tensors = load_file(exported / "model.safetensors")
@@ -310,6 +313,14 @@ ABOUT = {
     "no fit": {"fit": None},
     "a nested setting": {"config": {"MODEL_NAME": [["small"]]}},
     "another model": {"config": {"MODEL_NAME": "efficientnet_lite0"}},
+    "no temperature": {"temperature": 0},
+    "a temperature below zero": {"temperature": -1.5},
+    "a temperature out of range": {"temperature": 1e300},
+    "an infinite temperature": {"temperature": float("inf")},
+    "a temperature that is no number": {"temperature": float("nan")},
+    "a text for a temperature": {"temperature": "1.5"},
+    "true for a temperature": {"temperature": True},
+    "null for a temperature": {"temperature": None},
 }
 
 
@@ -328,6 +339,26 @@ def test_an_older_export_says_nothing_of_a_fit_and_means_crop(exported):
     about["config"]["AUDIT"] = True  # a setting of that time
     file.write_text(json.dumps(about))
     assert load_export(exported).fit == "crop"
+
+
+def test_an_export_from_before_there_was_a_temperature(exported, tmp_path):
+    """It answers with the softmax of what the network gives."""
+    file = exported / "config.json"
+    about = json.loads(file.read_text())
+    Image.linear_gradient("L").save(tmp_path / "picture.png")
+    divided = predict_files(load_export(exported), [tmp_path / "picture.png"])
+    del about["temperature"]
+    file.write_text(json.dumps(about))
+    plain = predict_files(load_export(exported), [tmp_path / "picture.png"])
+    powers = plain ** (1 / 0.4)
+    np.testing.assert_allclose(divided, powers / powers.sum(), rtol=1e-9)
+
+
+def test_a_wrong_temperature_is_named(exported):
+    file = exported / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0}))
+    with pytest.raises(ExportError, match="temperature in config.json must be from 0.1 to 10"):
+        load_export(exported)
 
 
 @pytest.mark.parametrize(

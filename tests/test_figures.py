@@ -203,7 +203,8 @@ def confusion_figure(names: list[str]) -> Figure:
 
 
 def reliability_figure(names: list[str]) -> Figure:
-    return plot_reliability(reliability_table(*answers(len(names))), Estimate(0.05, 0.04, 0.06))
+    said = {"ece": Estimate(0.05, 0.04, 0.06), "nll": Estimate(1.234, 1.1, 1.432)}
+    return plot_reliability([reliability_table(*answers(len(names)))] * 2, [said] * 2, 1.25)
 
 
 def per_class_figure(names: list[str]) -> Figure:
@@ -761,10 +762,17 @@ def test_numbers_of_the_confusion_fit_into_their_cells(classes: int) -> None:
 
 def test_reliability_draws_the_table() -> None:
     p = np.array([[0.9, 0.1]] * 40 + [[0.3, 0.7]] * 5)
-    table = reliability_table(np.array([0] * 30 + [1] * 10 + [1] * 3 + [0] * 2), p)
-    fig = plot_reliability(table, 0.1234)
-    upper, lower = axes_of(fig)
-    assert upper.get_title(loc="left") == "Expected calibration error 0.123"
+    labels = np.array([0] * 30 + [1] * 10 + [1] * 3 + [0] * 2)
+    tables = [reliability_table(labels, probabilities) for probabilities in (p[::-1], p)]
+    said = [{"ece": Estimate(e, 0, 1), "nll": Estimate(1 + e, 0, 2)} for e in (0.5, 0.1234)]
+    fig = plot_reliability(tables, said, 1.2)
+    before, upper, other, lower = axes_of(fig)
+    assert before.get_title(loc="left").startswith("ECE 0.500 [0.000, 1.000]\nNLL 1.500")
+    assert upper.get_title(loc="left").startswith("ECE 0.123 [0.000, 1.000]\nNLL 1.123")
+    titles = [ax.get_title(loc="right") for ax in (before, upper)]
+    assert titles == ["before", "divided by T = 1.20"]
+    wrong = [bar.get_height() for bar in before.patches if bar.get_height() > 0]
+    assert wrong == pytest.approx([27 / 40])
     heights = [bar.get_height() for bar in upper.patches]
     assert heights[13] == pytest.approx(0.75)  # 40 images
     assert heights[15 + 10] == pytest.approx(0.6)  # 5 images: pale, and the legend says why
@@ -772,7 +780,7 @@ def test_reliability_draws_the_table() -> None:
     assert np.isfinite(heights).sum() == 2
     counts_of = {i: bar.get_height() for i, bar in enumerate(lower.patches) if bar.get_height()}
     assert counts_of == {10: 5, 13: 40}
-    assert (lower.get_xlabel(), lower.get_ylabel()) == ("confidence", "images")
+    assert (other.get_xlabel(), other.get_ylabel()) == ("confidence", "images")
     assert upper.get_legend() is None  # it would cover bars
     assert set(legend_of(fig)) == {
         "accuracy of the bin",

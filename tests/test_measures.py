@@ -10,13 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
 from emotion_toolbox.measures import (
+    TEMPERATURES,
     Estimate,
+    Predictions,
+    apply_temperature,
+    calibrate,
     confusion_metrics,
+    fit_temperature,
     gap_standard_error,
     gap_verdict,
     most_confused_pairs,
@@ -84,7 +90,7 @@ def test_values_are_those_of_scikit_learn(classes: int) -> None:
     if classes > 2:  # of two classes, the label is always among the two most probable
         expected["top2_accuracy"] = sk.top_k_accuracy_score(labels, p, k=2, labels=every)
     assert {name: result[name].value for name in expected} == pytest.approx(expected, abs=1e-12)
-    assert set(result) == {*expected, "ece"}
+    assert set(result) == {*expected, "ece", "nll"}
     confusion = sk.confusion_matrix(labels, answers, labels=every)
     by_hand = confusion_metrics(confusion)
     assert by_hand == pytest.approx({k: expected[k] for k in by_hand}, abs=1e-12)
@@ -150,6 +156,7 @@ def macro_f1_of(labels: npt.NDArray[np.int64], answers: npt.NDArray[np.int64]) -
         ("macro_f1", lambda y, a, two, p: macro_f1_of(y, a), "percentile"),
         ("top2_accuracy", lambda y, a, two, p: np.mean(two), "percentile"),
         ("ece", None, "basic"),
+        ("nll", None, "percentile"),
     ],
 )
 def test_intervals_are_those_of_scipy(
@@ -163,10 +170,13 @@ def test_intervals_are_those_of_scipy(
     def ece(y: object, a: npt.NDArray[np.int64], t: object, row: npt.NDArray[np.int64]) -> float:
         return guo_error(confidence[row], labels[row] == answers[row])
 
+    def nll(y: object, a: object, t: object, row: npt.NDArray[np.int64]) -> float:
+        return float(-np.log(p[row, labels[row]]).mean())
+
     data = (labels, answers, two, np.arange(len(labels)))
     reference = stats.bootstrap(
         data,
-        statistic or ece,
+        statistic or {"ece": ece, "nll": nll}[metric],
         paired=True,
         vectorized=False,
         n_resamples=3000,
@@ -202,7 +212,7 @@ def test_intervals_repeat_by_seed_and_narrow_with_the_square_root_of_n() -> None
     assert first == evaluate_predictions(labels, p, MIKELS_CLASSES, seed=3)
     assert first != evaluate_predictions(labels, p, MIKELS_CLASSES, seed=4)
     large = evaluate_predictions(np.tile(labels, 16), np.tile(p, (16, 1)), MIKELS_CLASSES)
-    for name in ("accuracy", "macro_f1", "top2_accuracy", "polarity_accuracy", "ece"):
+    for name in ("accuracy", "macro_f1", "top2_accuracy", "polarity_accuracy", "ece", "nll"):
         assert large[name].value == pytest.approx(first[name].value)
         width = (first[name].high - first[name].low) / (large[name].high - large[name].low)
         assert 3 < width < 5.5, name
@@ -353,6 +363,112 @@ def test_calibration_by_hand() -> None:
     certain = np.eye(2)[[0, 1]]
     assert error([0, 1], certain) == 0.0
     assert error([1, 0], certain) == 1.0
+
+
+def softmax_of(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.asarray(torch.from_numpy(logits).softmax(1))
+
+
+def drawn_from(logits: npt.NDArray[np.float64], seed: int = 0) -> npt.NDArray[np.int64]:
+    """Labels that are as frequent as the softmax of `logits` says."""
+    below = softmax_of(logits).cumsum(axis=1) < np.random.default_rng(seed).random((len(logits), 1))
+    return np.asarray(below.sum(axis=1))
+
+
+def test_negative_log_likelihood_is_that_of_scikit_learn_and_torch() -> None:
+    labels, p = predictions(300, 6)
+
+    def nll(probabilities: npt.NDArray[np.float64]) -> float:
+        return evaluate_predictions(labels, probabilities, names(6), resamples=20)["nll"].value
+
+    assert nll(p) == pytest.approx(sk.log_loss(labels, p, labels=range(6)), rel=1e-12)
+    with_zeros = np.where(p < 0.05, 0, p)
+    with_zeros /= with_zeros.sum(axis=1, keepdims=True)
+    assert (with_zeros[np.arange(300), labels] == 0).any()
+    assert nll(with_zeros) == pytest.approx(sk.log_loss(labels, with_zeros, labels=range(6)))
+    logits = np.random.default_rng(0).normal(size=(300, 6)) * 5
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.tensor(labels))
+    assert nll(softmax_of(logits)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("classes", [2, 8])
+def test_the_temperature_is_the_one_that_the_logits_give(scale: float, classes: int) -> None:
+    """Against Newton-like minimisation on the logits themselves, and against what made them."""
+    true = np.random.default_rng(1).normal(size=(4000, classes)) * 2
+    labels, logits = drawn_from(true), torch.from_numpy(scale * true)
+    inverse = torch.ones((), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([inverse], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits * inverse, torch.from_numpy(labels))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[arg-type]
+    temperature = fit_temperature(labels, softmax_of(scale * true))
+    assert temperature == pytest.approx(1 / inverse.item(), rel=1e-3)
+    assert temperature == pytest.approx(scale, rel=0.15)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES + (1.0, 1.7))
+def test_a_temperature_divides_the_logits_and_keeps_the_answers(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 8)) * 10
+    labels, p = drawn_from(logits), softmax_of(logits)
+    found = calibrate(Predictions(labels, p, loss=0.0), temperature)
+    np.testing.assert_allclose(found.probabilities, softmax_of(logits / temperature), rtol=1e-9)
+    assert (found.predicted == p.argmax(axis=1)).all() and (found.labels == labels).all()
+    divided, truth = torch.from_numpy(logits / temperature), torch.from_numpy(labels)
+    losses = torch.nn.functional.cross_entropy(divided, truth, reduction="none")
+    smallest = float(np.finfo(np.float64).eps)  # what a probability counts as, at least
+    assert found.loss == pytest.approx(float(losses.clamp(max=-np.log(smallest)).mean()))
+
+
+def test_probabilities_of_zero_stay_probabilities() -> None:
+    certain = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    for temperature in TEMPERATURES:
+        found = apply_temperature(certain, temperature)
+        np.testing.assert_allclose(found, certain, atol=1e-30)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "expected"),
+    [
+        ([0, 1], [[0.6, 0.4], [0.3, 0.7]], TEMPERATURES[0]),  # all are right: it would go to 0
+        ([1, 0], [[0.6, 0.4], [0.3, 0.7]], TEMPERATURES[1]),  # none is: it would go to infinity
+        ([0, 1, 1], [[0.5, 0.5]] * 3, 1.0),  # nothing to be gained
+        ([0, 1], [[1.0, 0.0], [0.0, 1.0]], 1.0),
+        ([0, 0], [[1.0, 0.0], [0.0, 1.0]], 1.0),  # nor within the range
+        ([1], [[0.2, 0.8]], TEMPERATURES[0]),
+    ],
+)
+def test_the_temperature_of_extreme_answers(
+    labels: list[int], probabilities: list[list[float]], expected: float
+) -> None:
+    assert fit_temperature(np.array(labels), np.array(probabilities)) == expected
+
+
+def test_the_temperature_of_one_answer_for_every_image() -> None:
+    """Its odds become those of the labels: log 4 / T = log 2."""
+    found = fit_temperature(np.array([0, 0, 1]), np.tile([0.8, 0.2], (3, 1)))
+    assert found == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fitted_temperature_never_raises_the_likelihoods_loss(seed: int) -> None:
+    """Where some answers are as wrong as can be, too."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(60, 4)) * 10 ** rng.uniform(-1, 2.5)
+    labels, p = rng.integers(4, size=60), softmax_of(logits)
+    temperature = fit_temperature(labels, p)
+    assert TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
+    before, after = (
+        evaluate_predictions(labels, q, names(4), resamples=20)["nll"].value
+        for q in (p, apply_temperature(p, temperature))
+    )
+    assert after <= before + 1e-12
 
 
 # --- tables ------------------------------------------------------------------------------------

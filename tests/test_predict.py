@@ -24,7 +24,7 @@ from emotion_transfer.model import build_model
 
 FACTS = {
     "synthetic": True, "dataset": "synthetic sample", "weights": "none", "epochs": 1,
-    "metrics": {"test": {}},
+    "temperature": 1.5, "metrics": {"test": {}},
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]
 NAMES = ("calm", "joy", "rage")

@@ -19,12 +19,19 @@ from small_run import (
 )
 
 from emotion_toolbox.errors import ConfigError
-from emotion_toolbox.measures import Predictions, paired_test
+from emotion_toolbox.measures import (
+    TEMPERATURES,
+    Predictions,
+    calibrate,
+    fit_temperature,
+    paired_test,
+)
 from emotion_toolbox.report import (
     PUBLISHED_EMOSET,
     closing_text,
     comparison_table,
     describe_difference,
+    describe_temperature,
     figure_note,
     make_run_folder,
     published_accuracies,
@@ -51,17 +58,23 @@ def run(tiny_root, tmp_path, monkeypatch):
     result = fit(cfg, model, datasets, tmp_path / "run/checkpoints")
     asked = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE}
     found = {name: predict(model, datasets[name], **asked) for name in ("val", "test")}
-    metrics = {
-        name: evaluate_predictions(p.labels, p.probabilities, data.classes, resamples=200)
-        for name, p in found.items()
-    }
+    temperature = fit_temperature(found["val"].labels, found["val"].probabilities)
+    calibrated = {name: calibrate(p, temperature) for name, p in found.items()}
+    raw, metrics = (
+        {
+            name: evaluate_predictions(p.labels, p.probabilities, data.classes, resamples=200)
+            for name, p in predictions.items()
+        }
+        for predictions in (found, calibrated)
+    )
     test, tests = found["test"], {}
     for name in cfg.BASELINES:
         p = run_baseline(name, cfg, datasets, tmp_path / "run")["probabilities"]
         metrics[name] = evaluate_predictions(test.labels, p, data.classes, resamples=200)
         tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), resamples=200)
-    summary = summarise_run(vars(cfg), data, datasets, result, metrics, tests)
-    return cfg, result, found, summary, (metrics, tests)
+    measured = metrics, tests, temperature, raw
+    summary = summarise_run(vars(cfg), data, datasets, result, *measured)
+    return cfg, result, found, summary, measured
 
 
 def test_the_summary_holds_what_others_rely_on(run, tmp_path):
@@ -87,6 +100,12 @@ def test_the_summary_holds_what_others_rely_on(run, tmp_path):
     for split, predictions in found.items():
         assert read["metrics"][split]["accuracy"]["value"] == predictions.accuracy
         assert read["metrics"][split]["macro_f1"]["value"] == predictions.macro_f1
+    assert read["temperature"] != 1
+    for split, predictions in found.items():  # its loss is the cross-entropy of the logits
+        before, after = read["uncalibrated"][split], read["metrics"][split]
+        assert before.keys() == {"ece", "nll"} and after["ece"] != before["ece"]
+        assert before["nll"]["value"] == pytest.approx(predictions.loss, abs=1e-9)
+    assert read["metrics"]["val"]["nll"]["value"] < read["uncalibrated"]["val"]["nll"]["value"]
     best = result.history.set_index("epoch").loc[result.best_epoch]
     assert read["train_val_gap"] == best["gap"]
     assert read["best_epoch"] == result.best_epoch and read["best_source"] == result.best_source
@@ -100,23 +119,23 @@ def test_the_summary_holds_what_others_rely_on(run, tmp_path):
 
 
 def test_where_the_weights_came_from(run, tmp_path):
-    cfg, result, _, summary, (metrics, tests) = run
+    cfg, result, _, summary, measured = run
     data, datasets = listed(cfg), file_datasets(cfg)
     for settings, expected in (
         ({"WEIGHTS": None}, "none"),
         ({"WEIGHTS": "DEFAULT"}, "DEFAULT"),
         ({"WEIGHTS": "DEFAULT", "INIT_FROM": "best.pt"}, "best.pt"),
     ):
-        found = summarise_run(vars(cfg) | settings, data, datasets, result, metrics, tests)
+        found = summarise_run(vars(cfg) | settings, data, datasets, result, *measured)
         assert found["weights"] == expected
     assert str(cfg.OUTPUT_ROOT) not in json.dumps(summary)  # no path of this machine
 
 
 def test_the_counts_are_of_the_images_that_were_looked_at(run):
     """Two batches of each split, with DEBUG."""
-    cfg, result, _, _, (metrics, tests) = run
+    cfg, result, _, _, measured = run
     few = file_datasets(dataclasses.replace(cfg, DEBUG=True))
-    summary = summarise_run(vars(cfg), listed(cfg), few, result, metrics, tests)
+    summary = summarise_run(vars(cfg), listed(cfg), few, result, *measured)
     assert summary["images"] == {"train": 8, "val": 8, "test": 8}
     assert "on 8 images" in closing_text(summary, Path("x"))
 
@@ -143,6 +162,16 @@ def test_a_difference_in_words(low, value, high, expected):
     assert f"{100 * low:+.1f} to {100 * high:+.1f}" in text
 
 
+def test_the_temperature_in_words():
+    before, after = ({m: {"value": v} for m in ("ece", "nll")} for v in (0.51, 0.3))
+    text = describe_temperature(1.5, before, after)
+    assert text.startswith("A temperature of 1.50 takes the test ECE from 0.510 to 0.300, the NLL")
+    assert "range" not in text
+    for end in TEMPERATURES:
+        assert describe_temperature(end, before, after).startswith(f"A temperature of {end:.2f} ")
+        assert "the end of its range" in describe_temperature(end, before, after)
+
+
 def test_the_closing_text_is_written_from_the_numbers(run):
     _, result, _, summary, _ = run
     text = closing_text(summary, Path("outputs/x"))
@@ -162,8 +191,9 @@ def test_the_closing_text_is_written_from_the_numbers(run):
 
 
 def test_a_run_without_baselines(run, tmp_path):
-    cfg, result, _, _, (metrics, _) = run
-    summary = summarise_run(vars(cfg), listed(cfg), file_datasets(cfg), result, metrics, {})
+    cfg, result, _, _, (metrics, _, *calibration) = run
+    datasets = file_datasets(cfg)
+    summary = summarise_run(vars(cfg), listed(cfg), datasets, result, metrics, {}, *calibration)
     assert summary["baselines"] == {}
     text = closing_text(summary, tmp_path)
     assert "reaches a test accuracy" in text and "\n- " not in text

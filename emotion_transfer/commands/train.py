@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from emotion_toolbox.cache import DecodedData
 from emotion_toolbox.device import choose_device, seed_everything
 from emotion_toolbox.export import export_model
 from emotion_toolbox.keeper import load_initial_weights
-from emotion_toolbox.measures import paired_test
+from emotion_toolbox.measures import calibrate, fit_temperature, paired_test
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
@@ -67,21 +68,26 @@ def train(settings: dict[str, Any]) -> Path:
         "tta": cfg.TTA,
     }
     found = {split: predict(model, datasets[split], **asked) for split in ("val", "test")}
-    drawn: dict[str, Any] = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
-    metrics = {
-        split: evaluate_predictions(p.labels, p.probabilities, classes, **drawn)
-        for split, p in found.items()
-    }
-    test = found["test"]
+    temperature = fit_temperature(found["val"].labels, found["val"].probabilities)
+    calibrated = {split: calibrate(p, temperature) for split, p in found.items()}
+    measure = partial(evaluate_predictions, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
+    raw, metrics = (
+        {split: measure(p.labels, p.probabilities, classes) for split, p in ps.items()}
+        for ps in (found, calibrated)
+    )
+    test = calibrated["test"]
     write_predictions(run_dir / "predictions_test.csv", datasets["test"], test)
     compared, tests = {}, {}
     for name in cfg.BASELINES:
         p = run_baseline(name, cfg, datasets, run_dir / "baselines")["probabilities"]
-        compared[name] = evaluate_predictions(test.labels, p, classes, **drawn)
-        tests[name] = paired_test(test.labels, test.predicted, p.argmax(1), **drawn)
+        compared[name] = measure(test.labels, p, classes)
+        answers = test.labels, test.predicted, p.argmax(1)
+        tests[name] = paired_test(*answers, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
     compared["this notebook"] = metrics["test"]
     recorded = dataclasses.asdict(cfg)
-    summary = summarise_run(recorded, data, datasets, result, metrics | compared, tests)
+    summary = summarise_run(
+        recorded, data, datasets, result, metrics | compared, tests, temperature, raw
+    )
     write_summary(run_dir / "summary.json", summary)
     export_model(run_dir / "export", model, classes, recorded, cache_size(cfg), summary)
     print(comparison_table(compared, tests).to_string())

@@ -3,18 +3,19 @@
 #
 # *What does it say of my picture?* First the model is written down so that others can use it: the
 # weights in `model.safetensors` (a format that holds numbers and cannot hold code), `config.json`
-# with classes and preprocessing, and a model card. It is read back from these files and asked about
-# one test picture; the answer must be the one from above, or something was lost on the way.
+# with classes, preprocessing and temperature, and a model card. It is read back from these files
+# and asked about one test picture; the answer must be the one from above, or something was lost on
+# the way.
 
 # %%
 from emotion_toolbox.export import export_model, load_export, predict_files, top_classes
 from emotion_toolbox.report import closing_text, summarise_run, write_summary
 
 recorded = dataclasses.asdict(cfg)
-summary = summarise_run(recorded, data, datasets, result, metrics | compared, tests)
+summary = summarise_run(recorded, data, datasets, result, metrics | compared, tests,
+                        temperature, raw)  # fmt: skip
 write_summary(run_dir / "summary.json", summary)
-folder = run_dir / "export"
-export_model(folder, model, classes, recorded, cache_size(cfg), summary)
+folder = export_model(run_dir / "export", model, classes, recorded, cache_size(cfg), summary)
 exported = load_export(folder, lambda s, count: build_model(make_config(s), count))
 answer = predict_files(exported, [test_set.split.path(0)])[0]
 print(f"{folder}: largest difference {abs(answer - test.probabilities[0]).max():.1e}")
