@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from emotion_toolbox.batches import EmotionDataset, open_datasets
 from emotion_toolbox.cache import DecodedData
 from emotion_toolbox.device import choose_device, seed_everything
 from emotion_toolbox.export import export_model
-from emotion_toolbox.keeper import load_initial_weights
+from emotion_toolbox.keeper import FitResult, load_initial_weights
+from emotion_toolbox.measures import Predictions
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
@@ -27,7 +29,7 @@ from emotion_transfer.config import QUICK_PROFILE, EnhancedConfig, cache_size, m
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions, paired_test
-from emotion_transfer.model import build_model
+from emotion_transfer.model import EmotionClassifier, build_model
 
 
 def open_data(
@@ -41,25 +43,44 @@ def open_data(
     )  # fmt: skip
 
 
-def train(settings: dict[str, Any]) -> Path:
-    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionData]:
+    """The whole configuration of a run, and the data on which a part of it depends."""
     cfg = make_config(settings)
     choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
     listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
     if listed.synthetic:
         cfg = make_config(settings, QUICK_PROFILE)
     network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
-    cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
+    return dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights), listed
+
+
+def train_model(
+    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path
+) -> tuple[EmotionClassifier, FitResult]:
+    """The model with its best weights, trained or taken up again in `run_dir`."""
+    seed_everything(cfg.SEED)
+    classes = datasets["train"].classes
+    model = build_model(cfg, len(classes))
+    load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
+    return model, fit(cfg, model, datasets, run_dir / "checkpoints")
+
+
+def answer(
+    cfg: EnhancedConfig, model: EmotionClassifier, data: EmotionDataset, amp: str
+) -> Predictions:
+    """What the trained `model` answers to `data`."""
+    return predict(model, data, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=amp)
+
+
+def train(settings: dict[str, Any]) -> Path:
+    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+    cfg, listed = choose_settings(settings)
     run_dir = make_run_folder(cfg, listed)
     print(run_dir, flush=True)
     decoded, datasets = open_data(cfg, listed)
-    seed_everything(cfg.SEED)
     data, classes = decoded.data, decoded.data.classes
-    model = build_model(cfg, len(classes))
-    load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
-    result = fit(cfg, model, datasets, run_dir / "checkpoints")
-    asked: dict[str, Any] = {"size": cfg.IMG_SIZE, "batch_size": cfg.BATCH_SIZE, "amp": result.amp}
-    found = {split: predict(model, datasets[split], **asked) for split in ("val", "test")}
+    model, result = train_model(cfg, datasets, run_dir)
+    found = {split: answer(cfg, model, datasets[split], result.amp) for split in ("val", "test")}
     drawn: dict[str, Any] = {"resamples": cfg.BOOTSTRAP, "seed": cfg.SEED}
     metrics = {
         split: evaluate_predictions(p.labels, p.probabilities, classes, **drawn)
