@@ -170,8 +170,11 @@ def run_arm(arm: str, root: Path, size: int, epochs: int, seed: int, work: Path)
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     """`function` of `args` in a new process: what one arm sets up cannot help or harm the next."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    # its loaders' workers are to start as in a process that a user started, not by spawning
+    usual: dict[str, Any] = {
+        "initializer": multiprocessing.set_start_method, "initargs": (None, True)
+    }  # fmt: skip
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **usual) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -235,6 +236,8 @@ def test_a_wrong_argument_is_refused(wrong, capsys):
 
 def test_a_run_has_a_process_of_its_own():
     assert peers_accuracy.in_own_process(os.getpid) != os.getpid()
+    usual = multiprocessing.get_all_start_methods()[0]
+    assert peers_accuracy.in_own_process(multiprocessing.get_start_method) == usual
 
 
 # --- the arms -----------------------------------------------------------------------------------
