@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from emotion_toolbox.batches import EmotionDataset, open_datasets
 from emotion_toolbox.cache import DecodedData
 from emotion_toolbox.device import choose_device, seed_everything
 from emotion_toolbox.export import export_model
-from emotion_toolbox.keeper import load_initial_weights
-from emotion_toolbox.measures import calibrate, fit_temperature, paired_test
+from emotion_toolbox.keeper import FitResult, load_initial_weights
+from emotion_toolbox.measures import Predictions, calibrate, fit_temperature, paired_test
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
@@ -29,7 +30,7 @@ from emotion_transfer.config import EnhancedConfig, cache_size, make_config, pro
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
-from emotion_transfer.model import build_model, find_probe
+from emotion_transfer.model import EmotionClassifier, build_model, find_probe
 
 
 def open_data(
@@ -43,31 +44,46 @@ def open_data(
     )  # fmt: skip
 
 
-def train(settings: dict[str, Any]) -> Path:
-    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionData]:
+    """The whole configuration of a run, and the data on which a part of it depends."""
     cfg = make_config(settings)
     choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
     listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
     images = len(listed.splits["train"])
     cfg = make_config(settings, profile_for(images, synthetic=listed.synthetic))
     network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
-    cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights)
-    run_dir = make_run_folder(cfg, listed)
-    print(run_dir, flush=True)
-    decoded, datasets = open_data(cfg, listed)
+    return dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights), listed
+
+
+def train_model(
+    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path
+) -> tuple[EmotionClassifier, FitResult]:
+    """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
-    data, classes = decoded.data, decoded.data.classes
+    classes = datasets["train"].classes
     probe = find_probe(cfg, datasets, run_dir / "baselines" / "linear_probe")
     model = build_model(cfg, len(classes), probe)
     load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
-    result = fit(cfg, model, datasets, run_dir / "checkpoints")
-    asked: dict[str, Any] = {
-        "size": cfg.IMG_SIZE,
-        "batch_size": cfg.BATCH_SIZE,
-        "amp": result.amp,
-        "tta": cfg.TTA,
-    }
-    found = {split: predict(model, datasets[split], **asked) for split in ("val", "test")}
+    return model, fit(cfg, model, datasets, run_dir / "checkpoints")
+
+
+def answer(
+    cfg: EnhancedConfig, model: EmotionClassifier, data: EmotionDataset, amp: str
+) -> Predictions:
+    """What the trained `model` answers to `data`."""
+    size, tta = cfg.IMG_SIZE, cfg.TTA
+    return predict(model, data, size=size, batch_size=cfg.BATCH_SIZE, amp=amp, tta=tta)
+
+
+def train(settings: dict[str, Any]) -> Path:
+    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+    cfg, listed = choose_settings(settings)
+    run_dir = make_run_folder(cfg, listed)
+    print(run_dir, flush=True)
+    decoded, datasets = open_data(cfg, listed)
+    data, classes = decoded.data, decoded.data.classes
+    model, result = train_model(cfg, datasets, run_dir)
+    found = {split: answer(cfg, model, datasets[split], result.amp) for split in ("val", "test")}
     temperature = fit_temperature(found["val"].labels, found["val"].probabilities)
     calibrated = {split: calibrate(p, temperature) for split, p in found.items()}
     measure = partial(evaluate_predictions, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)

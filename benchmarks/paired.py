@@ -1,0 +1,94 @@
+"""Recipes compared over the same test images and several seeds: intervals, ratios, a summary."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emotion_transfer.intervals import percentile_interval
+
+Hits = npt.NDArray[np.float64]
+Record = Mapping[str, Any]  # one run, as benchmarks.peers_accuracy writes it
+RESAMPLES = 10_000
+
+
+def pack_hits(hits: npt.ArrayLike) -> str:
+    """Right or wrong for each of N images, as hexadecimal digits of eight images a byte."""
+    return np.packbits(np.asarray(hits, dtype=bool)).tobytes().hex()
+
+
+def unpack_hits(text: str, count: int) -> npt.NDArray[np.bool_]:
+    """The `count` values that ``pack_hits`` packed."""
+    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return np.unpackbits(packed, count=count).astype(bool)
+
+
+def resample_mean(values: Hits, seed: int = 0) -> dict[str, float]:
+    """Mean of `values` [seeds, images] with a 95 % interval over both.
+
+    The bootstrap draws seeds and images with replacement, independently of each other ("pigeonhole
+    bootstrap", Owen 2007, arXiv 0712.1111): images differ in difficulty for all seeds alike. A
+    single seed says nothing of the spread over seeds, and then the images alone are drawn.
+    """
+    rng, (seeds, images) = np.random.default_rng(seed), values.shape
+    rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    drawn = np.empty(RESAMPLES)
+    for part in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * images // 10**7)):
+        columns = rng.multinomial(images, np.full(images, 1 / images), len(part))
+        drawn[part] = ((rows[part] @ values) * columns).sum(axis=1) / (seeds * images)
+    found = percentile_interval(float(values.mean()), drawn)
+    return {"mean": found.value, "low": found.low, "high": found.high}
+
+
+def hits_of(records: Mapping[int, Record], seeds: Sequence[int]) -> Hits:
+    """Hits [seeds, images] of the runs of one arm."""
+    found = [unpack_hits(records[s]["correct"], records[s]["test_images"]) for s in seeds]
+    return np.stack(found).astype(np.float64)
+
+
+def first_reaching(curve: Sequence[Sequence[float]], accuracy: float) -> float:
+    """Seconds at which a curve of (seconds, accuracy) first is at least `accuracy`; or infinity."""
+    return next((seconds for seconds, reached in curve if reached >= accuracy), math.inf)
+
+
+def time_to_best(ours: Record, theirs: Record) -> float:
+    """Time until ours validates as well as theirs ever does, as a share of the time they need."""
+    best = max(accuracy for _, accuracy in theirs["curve"])
+    return first_reaching(ours["curve"], best) / first_reaching(theirs["curve"], best)
+
+
+def summarise_arms(runs: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
+    """What is to be said of one data set, whose `runs` are given by arm and seed.
+
+    Accuracies and differences ("ours minus ...") are fractions with 95 % intervals, those of time
+    are ratios: below 1, ours is faster. None where an arm was not run, and for
+    ``time_to_plain_best`` where ours never gets there in half of the seeds.
+    """
+
+    def minus(arm: str) -> dict[str, float] | None:
+        both = sorted(runs.get("ours", {}).keys() & runs.get(arm, {}).keys())
+        if not both:
+            return None
+        return resample_mean(hits_of(runs["ours"], both) - hits_of(runs[arm], both))
+
+    summary: dict[str, Any] = {
+        "seeds": {arm: len(records) for arm, records in runs.items()},
+        "test_accuracy": {
+            arm: resample_mean(hits_of(records, sorted(records))) for arm, records in runs.items()
+        },
+    }
+    others = ("probe", "plain_finetune", "fastai", "timm", "keras_like")
+    summary |= {f"minus_{arm}": minus(arm) for arm in others}
+    ours, plain, fastai = (runs.get(arm, {}) for arm in ("ours", "plain_finetune", "fastai"))
+    ratios = [time_to_best(ours[s], plain[s]) for s in sorted(ours.keys() & plain.keys())]
+    middle = statistics.median(ratios) if ratios else math.inf
+    summary["time_to_plain_best"] = middle if math.isfinite(middle) else None
+    summary["seeds_never_at_plain_best"] = sum(map(math.isinf, ratios)) if ratios else None
+    summary["wall_vs_fastai"] = None
+    if ours and fastai:
+        medians = [statistics.median(r["seconds"] for r in arm.values()) for arm in (ours, fastai)]
+        summary["wall_vs_fastai"] = medians[0] / medians[1]
+    return summary
