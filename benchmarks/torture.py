@@ -94,7 +94,7 @@ def settings(where: Where, data: Path, folder: Path, model: str, every: float) -
         "CACHE_DIR": str(folder / "cache"), "RUN_NAME": "run", "MODEL_NAME": model,
         "WEIGHTS": "DEFAULT" if model == "efficientnet_lite0" else None, "IMG_SIZE": 32,
         "BATCH_SIZE": 8, "EPOCHS": 4, "WARMUP_EPOCHS": 1, "THAW_EPOCHS": [1, 2],
-        "MIX_OFF_EPOCHS": 1, "CHECKPOINT_EVERY": every, "NUM_WORKERS": 1, "LOG_EVERY": 2,
+        "MIX_OFF_EPOCHS": 1, "CHECKPOINT_EVERY": every, "NUM_WORKERS": 1,
         "DEVICE": where.device, "AMP": where.amp, "DETERMINISTIC": where.device != "cpu",
     })  # fmt: skip
 

@@ -22,6 +22,7 @@ AMP_NAMES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")  # as PyTorch names them on x86 and ARM
 MEASURED: dict[tuple[int, int], str] = {}  # by parameters and size, so that baselines need not
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the numbers of mallopt's options, from malloc.h
+READ_EVERY = 20  # steps between two readings of the device, for each makes it wait
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -206,11 +207,11 @@ class Totals(NamedTuple):
 class Meter:
     """Sums over an epoch, kept on the device until they are read; skipped steps count apart."""
 
-    def __init__(self, device: torch.device, flags: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         exact = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(4, dtype=exact, device=device)  # loss, right, images, skipped
         self.skip = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=exact, device=device)
-        self.finite = torch.ones(flags, dtype=torch.bool, device=device)  # of the last steps
+        self.finite = torch.ones(READ_EVERY, dtype=torch.bool, device=device)  # of the last steps
 
     def add(self, step: int, loss: Tensor, right: Tensor, images: int, finite: Tensor) -> None:
         """Count a step: the sums of its loss and right answers, unless it was not `finite`."""

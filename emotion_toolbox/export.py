@@ -153,10 +153,12 @@ data it was trained on.
 
 def written(module: nn.Module) -> str:
     """The Python that makes `module`, a layer or layers with names."""
-    inner = ", ".join(f"{name}={written(part)}" for name, part in module.named_children())
     if isinstance(module, nn.ModuleDict):
-        return f"Head(OrderedDict({inner}))"
-    return f"nn.Sequential(OrderedDict({inner}))" if inner else f"nn.{module}"
+        return (
+            f"Head(dict({', '.join(f'{name}={written(part)}' for name, part in module.items())}))"
+        )
+    inner = ", ".join(map(written, module.children()))
+    return f"nn.Sequential({inner})" if inner else f"nn.{module}"
 
 
 def literal(text: str) -> str:
@@ -195,8 +197,8 @@ def load_export(
         tensors = load_tensors((folder / "model.safetensors").read_bytes())
         classes, settings = checked_classes(about["classes"]), {**about["config"], "WEIGHTS": None}
         settings.pop("AUDIT", None)  # older exports hold this former setting
-        last = [part for key, part in tensors.items() if key.endswith("output.weight")]
-        if {len(part) for part in last} != {len(classes)}:  # before a head is made
+        sizes = {len(t) for key, t in tensors.items() if key.startswith("head.") and t.ndim}
+        if len(classes) not in sizes:  # before a head is made
             raise ValueError(f"model.safetensors is not for {len(classes)} classes")
         model = make_model(settings, len(classes))
         name, size, resize = settings["MODEL_NAME"], settings["IMG_SIZE"], about["resize"]

@@ -125,10 +125,11 @@ class Predictions:
         return value if finite else -math.inf
 
 
-def hits_by_name(
-    labels: Labels, probabilities: Floats, classes: Sequence[str]
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which images [N] are right by a milder measure, where it means something for `classes`.
+def milder_estimates(
+    labels: Labels, probabilities: Floats, classes: Sequence[str], resamples: int,
+    rng: np.random.Generator,
+) -> dict[str, Estimate]:  # fmt: skip
+    """Accuracies by a milder measure, with bootstrap intervals, where it means much for `classes`.
 
     top2_accuracy (three classes or more): the label is among the two most probable, ties going to
     the lower index. polarity_accuracy (Mikels' eight): the summed probability of the pleasant four
@@ -142,7 +143,9 @@ def hits_by_name(
         positive = np.array([name in POSITIVE_EMOTIONS for name in classes])
         says = probabilities[:, positive].sum(axis=1) > 0.5
         found["polarity_accuracy"] = np.asarray(says == positive[labels])
-    return found
+    n = len(labels)
+    drawn = {name: rng.binomial(n, hits.mean(), resamples) / n for name, hits in found.items()}
+    return {name: percentile_interval(hits.mean(), drawn[name]) for name, hits in found.items()}
 
 
 def log_losses(labels: Labels, probabilities: Floats) -> Floats:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from emotion_toolbox.backbones import BACKBONES, BackboneSpec, make_backbone
 from emotion_toolbox.batches import EmotionDataset, batch_slices, fetch_ahead
-from emotion_toolbox.device import eval_mode
+from emotion_toolbox.device import choose_device, eval_mode
 from emotion_toolbox.keeper import keep_result
 from emotion_toolbox.pixels import prepare_images
 
@@ -87,7 +87,7 @@ def fit_probe(
 
 def linear_probe(
     datasets: Mapping[str, EmotionDataset], folder: Path, network: tuple[str, str | None, int, int],
-    monitor: str, batch_size: int, device: torch.device,
+    monitor: str, batch_size: int, device: str,
 ) -> dict[str, npt.NDArray[Any]]:  # fmt: skip
     """Logistic regression on a frozen backbone's features: one linear layer, kept in `folder`.
 
@@ -98,7 +98,8 @@ def linear_probe(
 
     def fit() -> dict[str, Any]:
         torch.manual_seed(seed)
-        backbone, train = make_backbone(name, weights).to(device).eval(), datasets["train"]
+        backbone = make_backbone(name, weights).to(choose_device(device)).eval()
+        train = datasets["train"]
         asked = BACKBONES[name], size, batch_size
         seen, test = (extract_features(backbone, datasets[s], *asked) for s in ("train", "test"))
         labels, classes = train.split.labels, len(train.classes)
@@ -118,7 +119,8 @@ def grad_cam(
 
     Grad-CAM (Selvaraju et al. 2017) at `layer`, the last that knows where things are.
     """
-    asked, wanted = images.detach().requires_grad_(), torch.as_tensor(classes).to(images.device)
+    device = next(model.parameters()).device
+    asked, wanted = images.detach().to(device).requires_grad_(), torch.as_tensor(classes).to(device)
     with eval_mode(model), torch.enable_grad():
         maps = LayerGradCam(model, layer).attribute(asked, wanted, relu_attributions=True)
     heat = maps.detach()[:, 0].float()

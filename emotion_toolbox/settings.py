@@ -72,6 +72,25 @@ def check_values(settings: Any) -> None:
         raise ConfigError("impossible settings:\n  " + "\n  ".join(problems))
 
 
+def check_batch(batch: int, parts: int) -> None:
+    """Raise ``ConfigError`` where `batch` images do not split into equal parts of two or more."""
+    if batch % parts or batch // parts < 2:
+        said = f"ACCUMULATE={parts} must split BATCH_SIZE={batch} into equal parts of at least 2"
+        raise ConfigError(f"{said} images (the head's BatchNorm needs two)")
+
+
+def check_sizes(seen: int, train: int, kept: int) -> None:
+    """Raise ``ConfigError`` for sides in pixels that do not fit each other.
+
+    Of what the network sees after and in training, and of what the cache keeps.
+    """
+    if train > seen:
+        raise ConfigError(f"TRAIN_SIZE={train} must not exceed IMG_SIZE={seen}; None is the same")
+    if not seen <= kept <= 1.3 * seen:
+        said = f"CACHE_SIZE={kept} must lie between IMG_SIZE={seen} and 1.3 times that"
+        raise ConfigError(f"{said}; None gives {round(seen * 8 / 7)}")
+
+
 def checked_overrides(given: Any) -> Mapping[str, Any]:
     """`given`, or nothing where it is None; raises ``ConfigError`` if it is no dictionary."""
     if given is not None and not isinstance(given, Mapping):

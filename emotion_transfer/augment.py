@@ -94,7 +94,8 @@ def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
 
 
 # %% [markdown]
-# Now the pixels. Build the grid of places to look at, and let `grid_sample` look there, bilinearly.
+# Now the pixels. Build the grid of places to look at (by hand: `affine_grid` is a matrix product,
+# which autocast would round), and let `grid_sample` look there, bilinearly.
 # Beyond the edge of the stored image it sees the image reflected. Stored images are about as much
 # larger than the output as an average crop is smaller than its image, so hardly anything is shrunk
 # and nothing needs antialiasing.
@@ -104,7 +105,6 @@ def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
 def resample_images(images: Tensor, theta: Tensor, size: int) -> Tensor:
     """What the maps `theta` [B, 2, 3] see of `images` [B, 3, S, S]: float32 [B, 3, size, size]."""
     centres = (2 * torch.arange(size, device=images.device) + 1) / size - 1
-    # not affine_grid: that is a matrix product, which TF32 or autocast would round
     down = theta[:, :, 1:2] * centres + theta[:, :, 2:3]  # [B, 2, size]
     across = theta[:, :, 0:1] * centres
     grid = (down[:, :, :, None] + across[:, :, None, :]).permute(0, 2, 3, 1)  # [B, size, size, 2]
@@ -130,12 +130,10 @@ def apply_augmentation(
     Never waits for the device. `jitter` may be compiled. Raises ``ValueError`` for other shapes.
     """
     check_pixels(images, size)
-    count, device = len(images), images.device
-    if len(plan.theta) != count:
-        raise ValueError(f"{len(plan.theta)} augmentations do not fit {count} images")
+    device, shape = images.device, (len(images), 3, size, size)
     theta, colour = send_to(plan.theta, device), colour_factors(plan.colour, device)
     centre, spread = channel_constants(mean, std, device)
-    result = torch.empty((count, 3, size, size), device=device, memory_format=torch.channels_last)
+    result = torch.empty(shape, device=device, memory_format=torch.channels_last)
     for part in chunks(images):
         pixels = resample_images(images[part], theta[part], size).div_(255)
         pixels = jitter(pixels, *(None if c is None else c[part] for c in colour))

@@ -7,7 +7,7 @@
 # * **linear probe**: logistic regression on the features of the *untouched* backbone; costs one
 #   pass over the images. A fine-tune that does not beat it is not worth its time;
 # * **from random weights**: the same network without ImageNet, for a few epochs, all of it trained
-#   from the first step at the head's rate;
+#   from the first step at the head's rate: it shows where the curve begins, not where it would end;
 # * **plain fine-tune**: the same backbone, everything trained from the first step at one rate, with
 #   crops and flips only. That rate, 1e-4, is not tuned: a part of the distance to it may be that.
 
@@ -25,8 +25,6 @@ from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.model import Answer, Datasets, build_model, find_probe
-
-SCRATCH_EPOCHS = 4  # at most; it shows where the curve begins, not where it would end
 
 
 def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
@@ -47,7 +45,7 @@ def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 def scratch_config(cfg: EnhancedConfig) -> EnhancedConfig:
     """The same recipe from random weights: all of it trains from the start, at the head's rate."""
     return dataclasses.replace(
-        cfg, WEIGHTS=None, INIT_FROM=None, START="random", EPOCHS=min(cfg.EPOCHS, SCRATCH_EPOCHS),
+        cfg, WEIGHTS=None, INIT_FROM=None, START="random", EPOCHS=min(cfg.EPOCHS, 4),
         LR_BACKBONE=cfg.LR_HEAD, BACKBONE_BATCHNORM="train", WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0),
     )  # fmt: skip
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emotion_toolbox.errors import ConfigError
-from emotion_toolbox.settings import check_values, make_settings, neutral, setting
+from emotion_toolbox.settings import (
+    check_batch, check_sizes, check_values, make_settings, neutral, setting,
+)  # fmt: skip
 
 DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
 MODELS = ("resnet50", "efficientnet_b0", "efficientnet_lite0")
@@ -64,7 +65,6 @@ class EnhancedConfig:
     EMA_DECAY: float = setting(0.999, "of the weights' average; 0: none", low=0, high=0.999999)
     BACKBONE_BATCHNORM: str = setting("frozen", "running statistics", choices=("frozen", "train"))
     HEAD: str = setting("progressive", "layers on the backbone", choices=("progressive", "linear"))
-    # Augmentation
     CROP_SCALE: tuple[float, float] = setting((0.6, 1.0), "least, most area kept", low=0.01, high=1)
     FLIP_PROB: float = setting(0.5, "share of images that are mirrored", low=0, high=1)
     ROTATION: float = setting(10.0, "most degrees to either side", low=0, high=180)
@@ -83,7 +83,6 @@ class EnhancedConfig:
     CACHE_DIR: str = neutral("cache", "where the decoded images are")
     CACHE_SIZE: int | None = setting(None, "side in pixels; None: 8/7 IMG_SIZE", low=32, high=2048)
     NUM_WORKERS: int | None = neutral(None, "threads to decode; None: one a core", low=0, high=1024)
-    LOG_EVERY: int = neutral(20, "steps between two readings of the device", low=1, high=100_000)
     CHECKPOINT_EVERY: float = neutral(600.0, "seconds between two checkpoints", low=0, high=10**9)
     CHECKPOINT_STEPS: int | None = neutral(None, "steps between two, if sooner", low=1, high=10**9)
     CHECKPOINT_KEEP: int = neutral(2, "how many of them are kept", low=1, high=1000)
@@ -96,30 +95,13 @@ class EnhancedConfig:
     DEBUG: bool = setting(False, "two batches of everything, with anomaly detection")
 
     def __post_init__(self) -> None:
-        check_config(self)
+        check_values(self)
+        check_batch(self.BATCH_SIZE, self.ACCUMULATE)
+        check_sizes(self.IMG_SIZE, train_size(self), cache_size(self))
 
 
 # %% [markdown]
-# A wrong value must stop a run before it costs a night. `check_values` looks at each field by
-# itself (`check_values??` shows how); two settings are tied to others.
-
-
-# %%
-def check_config(cfg: EnhancedConfig) -> None:
-    """Raise ``ConfigError`` naming what is impossible in `cfg` and what is allowed."""
-    check_values(cfg)
-    if cfg.BATCH_SIZE % cfg.ACCUMULATE or cfg.BATCH_SIZE // cfg.ACCUMULATE < 2:
-        said = f"ACCUMULATE={cfg.ACCUMULATE} must split BATCH_SIZE={cfg.BATCH_SIZE} into equal"
-        raise ConfigError(f"{said} parts of at least 2 images (the head's BatchNorm needs two)")
-    if train_size(cfg) > cfg.IMG_SIZE:
-        raise ConfigError(f"TRAIN_SIZE={cfg.TRAIN_SIZE} must not exceed IMG_SIZE={cfg.IMG_SIZE}")
-    if not cfg.IMG_SIZE <= cache_size(cfg) <= 1.3 * cfg.IMG_SIZE:
-        low, usual = cfg.IMG_SIZE, round(cfg.IMG_SIZE * 8 / 7)
-        said = f"CACHE_SIZE={cfg.CACHE_SIZE} must lie between IMG_SIZE={low} and 1.3 times that"
-        raise ConfigError(f"{said}; None gives {usual}")
-
-
-# %% [markdown]
+# A wrong value must stop a run before it costs a night, so all are checked (`check_values??`).
 # Some values follow from others: the side of the images that are kept, a little larger than the
 # network sees, and the epochs at which frozen layers begin to train.
 

@@ -26,7 +26,6 @@ from emotion_toolbox.device import (
 )  # fmt: skip
 from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
-from emotion_toolbox.measures import Predictions
 from emotion_toolbox.pixels import jitter_colours
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.config import EnhancedConfig, train_size
@@ -61,7 +60,7 @@ class Trainer(Resumable):
         self.optimizer = make_optimizer(cfg, model)
         self.scaler = make_scaler(self.device, self.amp)
         self.average = copy.deepcopy(model).requires_grad_(False) if cfg.EMA_DECAY else None
-        self.meter = Meter(self.device, cfg.LOG_EVERY)
+        self.meter = Meter(self.device)
         self.guard, self.augment = StatisticsGuard([]), augment or augment_batch
         self.network, self.jitter = model, jitter_colours  # or their compiled forms
         self.predict = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=self.amp)
@@ -177,54 +176,51 @@ def train_epoch(
 # %% [markdown]
 # #### Validation
 #
-# Raw and averaged weights are judged on the validation images, and the better of the two counts.
+# Raw and averaged weights are judged on the validation images; the better of the two counts, and is
+# kept where it is the best so far.
 # The gap between training and validation says whether the network learns or memorises. The loss
 # over augmented, mixed images cannot tell; so a fixed part of the training images, as many as there
 # are validation images, is evaluated exactly as those are.
 
 
 # %%
-def validate_epoch(trainer: Trainer, val: EmotionDataset) -> tuple[Figures, Predictions, str]:
-    """The epoch's figures, and the predictions and name of the better: "raw" or "ema"."""
+def validate_epoch(
+    trainer: Trainer, val: EmotionDataset, progress: Progress, keeper: Keeper
+) -> Figures:
+    """The epoch's figures; the better of raw and averaged weights is kept if it is the best yet."""
     networks = {"raw": trainer.model}
     if trainer.average is not None:
         networks["ema"] = trainer.average
     found = {name: trainer.predict(net, val, progress=name) for name, net in networks.items()}
     source = max(found, key=lambda name: found[name].score(trainer.cfg.MONITOR))
+    network, score = networks[source], found[source].score(trainer.cfg.MONITOR)
+    about = {"name": network.name, "classes": list(val.classes), "source": source}
+    keeper.save_best(progress, score, found[source].loss, {"model": network.state_dict(), **about})
+
     spread = np.linspace(0, len(trainer.train) - 1, min(len(trainer.train), len(val)))
-    clean = trainer.predict(networks[source], trainer.train, positions=spread.round().astype(int))
+    clean = trainer.predict(network, trainer.train, positions=spread.round().astype(int))
     gap = clean.accuracy - found[source].accuracy
     figures = {"train_clean_accuracy": clean.accuracy, "gap": gap}
     for name, one in found.items():
         prefix = "val" if name == "raw" else "val_ema"
         figures |= {f"{prefix}_{f}": getattr(one, f) for f in ("loss", "accuracy", "macro_f1")}
-    return figures, found[source], source
+    return figures
 
 
 # %% [markdown]
-# The best so far is kept, and the start is judged too, as epoch 0: a network that begins as the
-# linear probe and never gets better than it ends as the probe. After `PATIENCE` epochs without a
+# The start is judged too, as epoch 0: a network that begins as the linear probe and never gets
+# better than it ends as the probe. After `PATIENCE` epochs without a
 # better one training ends (*early stopping*), counted only once all has thawed that will, for each
 # thaw first makes things worse before it makes them better.
 
 
 # %%
-def judge(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper: Keeper) -> Figures:
-    """Validate, and keep these weights where they are the best so far."""
-    figures, found, source = validate_epoch(trainer, val)
-    best = trainer.average if source == "ema" and trainer.average else trainer.model
-    about = {"name": best.name, "classes": list(val.classes), "source": source}
-    weights = {"model": best.state_dict(), **about}
-    keeper.save_best(progress, found.score(trainer.cfg.MONITOR), found.loss, weights)
-    return figures
-
-
 def end_epoch(
     trainer: Trainer, val: EmotionDataset, steps: int, progress: Progress, keeper: Keeper
 ) -> None:
-    """Validate, keep the best, and move `progress` to the next epoch or to the end."""
+    """Validate, and move `progress` to the next epoch or to the end."""
     cfg, epoch, totals = trainer.cfg, progress.epoch, trainer.meter.read()
-    figures = judge(trainer, val, progress, keeper)
+    figures = validate_epoch(trainer, val, progress, keeper)
     highest = np.max([rates_at(cfg, epoch, step, steps) for step in range(steps)], axis=0)
     lr_head, lr_backbone = highest.tolist()
     row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
@@ -276,7 +272,7 @@ def fit(
         progress = keeper.resume(trainer, saved)
         if not progress.history:
             progress.history.append(
-                {"epoch": 0, **judge(trainer, datasets["val"], progress, keeper)}
+                {"epoch": 0, **validate_epoch(trainer, datasets["val"], progress, keeper)}
             )
             keeper.end_epoch(trainer, progress, cfg.EPOCHS)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):

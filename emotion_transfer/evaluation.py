@@ -28,8 +28,7 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """Run `model` over `dataset` (or its `positions`), in order; `progress` labels a bar.
 
-    With `tta` (test-time augmentation) over the mirror images too; the answer is the mean of both.
-    """
+    With `tta` (test-time augmentation) answers are means over an image and its mirror image."""
     device, spec, labels, scores = next(model.parameters()).device, model.spec, [], []
     slices = batch_slices(np.arange(len(dataset)) if positions is None else positions, batch_size)
     batches = fetch_ahead(dataset, slices, device)

@@ -18,7 +18,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.measures import (
-    Estimate, calibration_estimates, check_probabilities, confusion_metrics, hits_by_name,
+    Estimate, calibration_estimates, check_probabilities, confusion_metrics, milder_estimates,
     percentile_interval,
 )  # fmt: skip
 
@@ -37,7 +37,5 @@ def evaluate_predictions(
         drawn.append(confusion_metrics(counts))
     table, values = pd.DataFrame(drawn), confusion_metrics(confusion)
     result = {name: percentile_interval(values[name], table[name]) for name in values}
-    for name, hits in hits_by_name(y, p, classes).items():  # top-2, polarity: where they mean much
-        share = hits.mean()
-        result[name] = percentile_interval(share, rng.binomial(n, share, resamples) / n)
+    result |= milder_estimates(y, p, classes, resamples, rng)  # top-2, polarity
     return result | calibration_estimates(y, p, resamples, rng)

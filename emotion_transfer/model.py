@@ -11,8 +11,8 @@
 # A head of random numbers has to learn from nothing, and on few pictures it learns them by heart
 # before the backbone has moved. So training begins elsewhere ([Kumar et al.
 # 2022](https://arxiv.org/abs/2202.10054)): the output *begins as the linear probe*, the logistic
-# regression on the frozen features, and the last layer of the reduction begins at zero. The network
-# is the probe at first (`START = "probe"`), and training can only add to it.
+# regression on the frozen features, while the last layer of the reduction begins at zero. The
+# network is the probe at first (`START = "probe"`), and training can only add to it.
 
 # %%
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from emotion_toolbox.backbones import BACKBONES, batch_norms, make_backbone
 from emotion_toolbox.batches import EmotionDataset
-from emotion_toolbox.device import choose_device
 from emotion_toolbox.probes import linear_probe
 from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
@@ -41,16 +40,16 @@ class Head(nn.ModuleDict):
 
 
 def make_reduction(features: int, classes: int, dropout: float) -> nn.Sequential:
-    """Features [B, F] to scores [B, C] in three steps."""
-    layers, width = nn.Sequential(), features
-    for step in (1, 2):
-        layers.add_module(f"linear{step}", nn.Linear(width, width // 2, bias=False))
-        layers.add_module(f"norm{step}", nn.BatchNorm1d(width // 2))  # which adds a bias
-        layers.add_module(f"relu{step}", nn.ReLU(inplace=True))
-        layers.add_module(f"dropout{step}", nn.Dropout(dropout / step))
-        width //= 2
-    layers.add_module("output", nn.Linear(width, classes))
-    return layers
+    """Features [B, F] to scores [B, C] in three steps, the last of which begins at zero."""
+    half, quarter = features // 2, features // 4
+    last = nn.Linear(quarter, classes)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(  # the BatchNorms add the biases
+        nn.Linear(features, half, bias=False), nn.BatchNorm1d(half), nn.ReLU(), nn.Dropout(dropout),
+        nn.Linear(half, quarter, bias=False), nn.BatchNorm1d(quarter), nn.ReLU(),
+        nn.Dropout(dropout / 2), last,
+    )  # fmt: skip
 
 
 def make_head(features: int, classes: int, dropout: float, kind: str, start: str) -> Head:
@@ -60,9 +59,6 @@ def make_head(features: int, classes: int, dropout: float, kind: str, start: str
         head["output"] = nn.Linear(features, classes)
     if kind == "progressive":
         head["reduction"] = make_reduction(features, classes, dropout)
-        if start == "probe":
-            nn.init.zeros_(head.get_parameter("reduction.output.weight"))
-            nn.init.zeros_(head.get_parameter("reduction.output.bias"))
     return head
 
 
@@ -103,8 +99,7 @@ class EmotionClassifier(nn.Module):
 def find_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """The linear probe on the untouched backbone of `cfg`, kept in `folder`."""
     network = cfg.MODEL_NAME, cfg.WEIGHTS, cfg.SEED, cfg.IMG_SIZE
-    device = choose_device(cfg.DEVICE)
-    return linear_probe(datasets, folder, network, cfg.MONITOR, cfg.BATCH_SIZE, device)
+    return linear_probe(datasets, folder, network, cfg.MONITOR, cfg.BATCH_SIZE, cfg.DEVICE)
 
 
 def build_model(
@@ -113,8 +108,8 @@ def build_model(
     """The network of `cfg` for that many classes, on the CPU; its head begins as `probe`."""
     torch.manual_seed(cfg.SEED)
     backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
-    features = BACKBONES[cfg.MODEL_NAME].features
-    head = make_head(features, classes, cfg.DROPOUT, cfg.HEAD, cfg.START)
+    asked = classes, cfg.DROPOUT, cfg.HEAD, cfg.START
+    head = make_head(BACKBONES[cfg.MODEL_NAME].features, *asked)
     if probe is not None and cfg.START == "probe":
         begin = {name: torch.from_numpy(probe[name]) for name in ("weight", "bias")}
         head["output"].load_state_dict(begin)

@@ -372,8 +372,9 @@ def test_many_skipped_steps_do_not_wear_the_scale_down(tmp_path):
     assert not torch.equal(trainer.model.head.output.weight, before)
 
 
-def test_skipped_steps_are_reported_with_their_images(tmp_path, capsys):
-    cfg = small_config(tmp_path, LOG_EVERY=4, EPOCHS=2)
+def test_skipped_steps_are_reported_with_their_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("emotion_toolbox.device.READ_EVERY", 4)
+    cfg = small_config(tmp_path, EPOCHS=2)
     datasets, model = memory_datasets(), build_model(cfg, 3)
     Poison(model, {1, 6 + 5})
     result = fit(cfg, model, datasets, tmp_path / "checkpoints")
@@ -387,10 +388,11 @@ def test_skipped_steps_are_reported_with_their_images(tmp_path, capsys):
     assert result.finished == "all epochs done"
 
 
-@pytest.mark.parametrize("log_every", [1, 4, 20])
-def test_too_many_in_a_row_stop_the_run(tmp_path, log_every):
+@pytest.mark.parametrize("read_every", [1, 4, 20])
+def test_too_many_in_a_row_stop_the_run(tmp_path, read_every, monkeypatch):
     """Seven in a row that reach over the end of an epoch; four in a row did not count."""
-    cfg = small_config(tmp_path, MAX_BAD_STEPS=7, LOG_EVERY=log_every)
+    monkeypatch.setattr("emotion_toolbox.device.READ_EVERY", read_every)
+    cfg = small_config(tmp_path, MAX_BAD_STEPS=7)
     model = build_model(cfg, 3)
     Poison(model, {1, 2, 3, 4, *range(9, 99)})
     with pytest.raises(FloatingPointError, match=r"epoch 3, step 4: .*7 such steps in a row"):
@@ -735,7 +737,7 @@ def test_settings_that_shape_nothing_may_change(interrupted, tmp_path):
     run(cfg, whole)
     neutral = {
         "RUN_NAME": "other", "OUTPUT_ROOT": "elsewhere", "CACHE": False, "CACHE_DIR": "elsewhere",
-        "NUM_WORKERS": 3, "LOG_EVERY": 1, "BASELINES": (), "BOOTSTRAP": 999,
+        "NUM_WORKERS": 3, "BASELINES": (), "BOOTSTRAP": 999,
         "CHECKPOINT_EVERY": 0.0, "CHECKPOINT_KEEP": 5, "ON_SAVE_ERROR": "continue",
         "NEAR_DUPLICATE_BITS": None, "DATASET": "auto", "DATA_ROOT": "elsewhere",
         "IMAGES_ROOT": "elsewhere", "ALLOW_DUPLICATES": True, "MAX_BAD_FRACTION": 0.5,
@@ -1087,8 +1089,9 @@ def test_an_interrupt_is_never_answered_without_saving(tmp_path, monkeypatch, pl
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    cfg = small_config(tmp_path, LOG_EVERY=2, CHECKPOINT_STEPS=4)
+    cfg = small_config(tmp_path, CHECKPOINT_STEPS=4)
     with monkeypatch.context() as patch:
+        patch.setattr("emotion_toolbox.device.READ_EVERY", 2)
         patch.setattr(place, moment, interrupted)
         with pytest.raises(KeyboardInterrupt, match="stopped and saved"):
             run(cfg, tmp_path / "parts")

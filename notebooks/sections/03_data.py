@@ -32,7 +32,7 @@ cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=learnt)
 run_dir = make_run_folder(cfg, listed)
 note = figure_note(listed.synthetic, network, cfg.DEBUG)
 keep_figure = partial(save_figure, folder=run_dir / "figures", note=note)
-print(f"{listed.name}: {network}, {cfg.EPOCHS} epochs at {cfg.IMG_SIZE} pixels\n{run_dir}")
+print(f"{network}, {cfg.EPOCHS} epochs at {cfg.IMG_SIZE} pixels; profile: {profile}\n{run_dir}")
 keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 
 # %% [markdown]

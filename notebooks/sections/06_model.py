@@ -29,7 +29,6 @@ folder = run_dir / "baselines"
 probe = find_probe(cfg, datasets, folder / "linear_probe")
 model = build_model(cfg, len(classes), probe)
 load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
-print(f"the probe: {probe['note']}")
 begin = {stage: epoch + 1 if epoch < cfg.EPOCHS else None
          for level, epoch in reversed([*enumerate((0, *thaw_epochs(cfg)))])
          for stage in trainable_stages(model, level)}  # fmt: skip

@@ -32,7 +32,7 @@ keep_figure(curves, name="training")
 
 # %%
 best = result.history.set_index("epoch").loc[result.best_epoch]
-clean, gap = best["train_clean_accuracy"], best["gap"]
+clean, gap = float(best["train_clean_accuracy"]), float(best["gap"])
 print(gap_verdict(clean, clean - gap, len(datasets["val"]), len(classes)))
 
 # %% [markdown]

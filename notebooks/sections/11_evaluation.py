@@ -99,10 +99,8 @@ from emotion_toolbox.pixels import prepare_images
 images, spec = test_set.batch(eight).images, model.spec
 inputs = prepare_images(images, cfg.IMG_SIZE, spec.mean, spec.std)
 last_stage = model.stage_modules()[list(spec.stages)[-1]][-1]
-device = next(model.parameters()).device
-heat = grad_cam(model, last_stage, inputs.to(device), test.predicted[eight])
-titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]} ({confidence[i]:.0%})"
-          for i in eight]  # fmt: skip
+heat = grad_cam(model, last_stage, inputs, test.predicted[eight])
+titles = [f"{classes[test.labels[i]]}: says {classes[test.predicted[i]]}" for i in eight]
 keep_figure(plot_gradcam(denormalise(inputs, spec.mean, spec.std), heat, titles), name="grad_cam")
 
 # %% [markdown]
