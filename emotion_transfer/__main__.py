@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train, evaluate, compare and export, without the notebook",
     "prepare": "write the lists of images that the notebook reads, from folders, EmoSet or tables",
     "predict": "say which emotion pictures evoke",
+    "lr": "try learning rates of head and backbone on training images, and suggest some",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(

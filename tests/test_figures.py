@@ -50,6 +50,7 @@ from emotion_toolbox.figures import (
 )
 from emotion_toolbox.measures import Estimate, per_class_table, reliability_table
 from emotion_toolbox.tables import MIKELS_CLASSES
+from emotion_transfer.commands.lr import plot_range_tests
 
 pytestmark = pytest.mark.filterwarnings("error")  # a layout that fails only warns
 
@@ -248,6 +249,8 @@ FIGURES = [
         for n in (1, 4, 40)
     ],
     pytest.param(lambda: plot_schedule(rates, 40, 20, THAWS, 37), id="schedule"),
+    pytest.param(lambda: plot_range_tests(range_tests(3e-3, 1e-3)), id="range-tests"),
+    pytest.param(lambda: plot_range_tests(range_tests(0.0, None)), id="range-tests-zero"),
     pytest.param(lambda: plot_stages(stages([11, 11, 4, 1]), picture()), id="stages"),
     pytest.param(lambda: plot_stages(stages([None, None, 4, 1]), picture()), id="never"),
     pytest.param(lambda: plot_curves({"ours": [0.3, 0.5], "b": [0.1]}, "accuracy"), id="curves"),
@@ -643,6 +646,32 @@ def test_schedule_of_a_run_that_never_trains_the_backbone(rate: tuple[float, flo
     fig = plot_schedule(lambda epoch, step: rate, 4, 10, (), 4)
     assert_readable(fig)
     assert spans(axes_of(fig)[0]) == {"backbone frozen": (0, 4)}
+
+
+def range_tests(given: float, suggested: float | None) -> dict[str, Any]:
+    """Two tests: one whose loss falls and explodes, and one that ended after a single step."""
+    rates = np.geomspace(1e-5, 1, 60)
+    loss = 2 - np.exp(-(np.log(rates / 1e-2) ** 2) / 8) + (rates > 0.3) * 30
+    table = pd.DataFrame({"rate": rates, "loss": loss, "still": 2.0, "change": loss - 2})
+    return {"LR_HEAD": (table, given, suggested), "LR_BACKBONE": (table.iloc[:1], given, None)}
+
+
+def test_range_tests_show_the_change_of_the_loss_and_both_rates() -> None:
+    tests = range_tests(3e-3, 1e-3)
+    fig = plot_range_tests(tests)
+    (head, _), (table, *_) = axes_of(fig), tests["LR_HEAD"]
+    assert head.get_xscale() == "log" and head.get_xlabel() == "LR_HEAD"
+    drawn = lines(head)
+    for label, values in (("a step", table["loss"] - 2), ("smoothed", table["change"])):
+        np.testing.assert_array_equal(drawn[label].get_xdata(), table["rate"])
+        np.testing.assert_array_equal(drawn[label].get_ydata(), values)
+    assert drawn["0.003, as it is set"].get_xdata() == [3e-3, 3e-3]
+    assert drawn["0.001, suggested"].get_xdata() == [1e-3, 1e-3]
+    assert head.get_ylim() == pytest.approx((-1.1, 1.1), rel=0.05)  # the explosion leaves it
+    assert set(lines(axes_of(plot_range_tests(range_tests(0.0, None)))[0])) == {
+        "a step",
+        "smoothed",
+    }
 
 
 def test_history_draws_all_curves() -> None:

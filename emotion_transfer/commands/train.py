@@ -55,15 +55,23 @@ def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionDa
     return dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights), listed
 
 
+def make_model(
+    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path
+) -> EmotionClassifier:
+    """The model as training in `run_dir` begins."""
+    classes = datasets["train"].classes
+    probe = find_probe(cfg, datasets, run_dir / "baselines" / "linear_probe")
+    model = build_model(cfg, len(classes), probe)
+    load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
+    return model
+
+
 def train_model(
     cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path
 ) -> tuple[EmotionClassifier, FitResult]:
     """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
-    classes = datasets["train"].classes
-    probe = find_probe(cfg, datasets, run_dir / "baselines" / "linear_probe")
-    model = build_model(cfg, len(classes), probe)
-    load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
+    model = make_model(cfg, datasets, run_dir)
     return model, fit(cfg, model, datasets, run_dir / "checkpoints")
 
 
@@ -111,6 +119,16 @@ def train(settings: dict[str, Any]) -> Path:
     return run_dir
 
 
+def read_settings(parser: argparse.ArgumentParser, arguments: list[str] | None) -> dict[str, Any]:
+    """The settings of ``--set`` on a command line that has no other option."""
+    meaning = "settings of this run; `python -m emotion_transfer settings` lists them"
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning
+    )
+    args = parser.parse_args(arguments)
+    return dict(parse_setting(EnhancedConfig, text) for text in args.set)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
@@ -119,10 +137,5 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="example: python -m emotion_transfer train --set DATA_ROOT=data/processed/pictures "
         "EPOCHS=20. The same settings resume the same run.",
     )
-    meaning = "settings of this run; `python -m emotion_transfer settings` lists them"
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning
-    )
-    args = parser.parse_args(arguments)
-    train(dict(parse_setting(EnhancedConfig, text) for text in args.set))
+    train(read_settings(parser, arguments))
     return 0
