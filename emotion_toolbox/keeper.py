@@ -351,6 +351,11 @@ class Keeper:
         enough = self.steps is not None and step % self.steps == 0
         return enough or time.monotonic() - self.last >= self.every or self.asked.is_set()
 
+    def note_start(self, progress: Progress, figures: Mapping[str, Any], epochs: int) -> None:
+        """Report the `figures` of the start, as epoch 0; the next checkpoint holds them."""
+        progress.history.append({"epoch": 0, **figures})
+        print(epoch_line(progress.history[0], epochs, best=True), flush=True)
+
     def end_epoch(self, training: Resumable, progress: Progress, epochs: int) -> None:
         """Report and save the epoch that `progress` has just left; raises ``Stopped`` if asked."""
         best = progress.best_epoch == progress.epoch - 1

@@ -89,7 +89,7 @@ class EnhancedConfig:
     ON_SAVE_ERROR: str = neutral("stop", "where a disk is full", choices=("stop", "continue"))
     MAX_BAD_STEPS: int = neutral(10, "steps not finite, in a row, that end it", low=1, high=100_000)
     # Evaluation
-    TTA: bool = neutral(True, "at the end, average what it says of an image and its mirror image")
+    TTA: bool = neutral(True, "answer for an image and its mirror image, averaged")
     BASELINES: tuple[str, ...] = neutral(COMPARED, "what ours is compared with", choices=COMPARED)
     BOOTSTRAP: int = neutral(2000, "resamples behind each interval", low=100, high=10**6)
     DEBUG: bool = setting(False, "two batches of everything, with anomaly detection")

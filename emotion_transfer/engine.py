@@ -271,10 +271,8 @@ def fit(
         trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
         progress = keeper.resume(trainer, saved)
         if not progress.history:
-            progress.history.append(
-                {"epoch": 0, **validate_epoch(trainer, datasets["val"], progress, keeper)}
-            )
-            keeper.end_epoch(trainer, progress, cfg.EPOCHS)
+            start = validate_epoch(trainer, datasets["val"], progress, keeper)
+            keeper.note_start(progress, start, cfg.EPOCHS)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):
             while not progress.finished:
                 run_epoch(trainer, datasets["val"], progress, keeper)

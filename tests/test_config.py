@@ -129,7 +129,9 @@ def test_wrong_values_are_refused_by_name(name: str, value: Any) -> None:
         assert all(str(bound) in message for bound in RANGES[name])
 
 
-@pytest.mark.parametrize("name", sorted(set(RANGES) - PAIRS - {"CACHE_SIZE", "ACCUMULATE"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(RANGES) - PAIRS - {"CACHE_SIZE", "TRAIN_SIZE", "ACCUMULATE"})
+)
 def test_both_ends_of_a_range_are_allowed(name: str) -> None:
     for bound in RANGES[name]:
         value = float(bound) if FIELDS[name] is float else int(bound)
@@ -148,6 +150,7 @@ def test_all_problems_of_the_fields_are_listed_at_once() -> None:
         ({"BATCH_SIZE": 32, "ACCUMULATE": 5}, "ACCUMULATE"),
         ({"BATCH_SIZE": 4, "ACCUMULATE": 4}, "BatchNorm"),
         ({"IMG_SIZE": 224, "CACHE_SIZE": 200}, "CACHE_SIZE"),
+        ({"IMG_SIZE": 96, "TRAIN_SIZE": 128}, "TRAIN_SIZE=128 must not exceed IMG_SIZE=96"),
         ({"IMG_SIZE": 100, "CACHE_SIZE": 200}, "IMG_SIZE"),
     ],
 )
@@ -212,7 +215,13 @@ def strategy_of(name: str) -> st.SearchStrategy[Any]:
     }[name]
 
 
-TIED = {"IMG_SIZE", "CACHE_SIZE", "BATCH_SIZE", "ACCUMULATE"}  # tested by themselves above
+TIED = {
+    "IMG_SIZE",
+    "TRAIN_SIZE",
+    "CACHE_SIZE",
+    "BATCH_SIZE",
+    "ACCUMULATE",
+}  # tested by themselves above
 
 
 @given(st.fixed_dictionaries({}, optional={n: strategy_of(n) for n in FIELDS if n not in TIED}))
@@ -245,7 +254,7 @@ def test_the_hash_changes_with_what_shapes_the_result_and_nothing_else(name: str
     other: dict[str, Any] = {
         "BATCH_SIZE": 64, "IMG_SIZE": 230, "CACHE_SIZE": 260, "ACCUMULATE": 2, "SEED": 1,
         "THAW_EPOCHS": (4, 5), "CROP_SCALE": (0.5, 1.0), "BASELINES": (), "NUM_WORKERS": 3,
-        "CHECKPOINT_STEPS": 9,
+        "CHECKPOINT_STEPS": 9, "TRAIN_SIZE": 192,
     }  # fmt: skip
     default = getattr(EnhancedConfig(), name)
     if name in other:

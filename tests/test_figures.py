@@ -711,11 +711,11 @@ def test_history_without_averages() -> None:
     assert not any("averaged (EMA)" in lines(ax) for ax in axes_of(fig))
 
 
-def test_curves_start_at_epoch_one_and_name_their_best() -> None:
+def test_curves_begin_before_the_first_epoch_and_name_their_best() -> None:
     ours = pd.Series([0.3, 0.61, 0.6])  # numbered from 0, as a column of the history is
     fig = plot_curves({"this notebook": ours, "from_scratch": np.array([0.1, 0.2])}, "accuracy")
     (ax,) = axes_of(fig)
-    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[1, 2, 3], [1, 2]]
+    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[0, 1, 2], [0, 1]]
     assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[0.3, 0.61, 0.6], [0.1, 0.2]]
     assert panel_legend(ax) == ["best 0.610: this notebook", "best 0.200: from scratch"]
     assert ax.get_title(loc="left") == "accuracy"
