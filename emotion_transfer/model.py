@@ -159,8 +159,10 @@ def set_training_mode(cfg: EnhancedConfig, model: EmotionClassifier, epoch: int)
 
 
 # %% [markdown]
-# The optimiser gives head and backbone rates of their own ([Rates](#Rates) says which). All
-# parameter groups exist from the first step, for groups added later confuse schedules and
+# The optimiser gives head and backbone rates of their own ([Rates](#Rates) says which). An output
+# that begins as the probe has learnt already, so it moves as slowly as the backbone: at the rate of
+# what begins at zero it would forget in a few steps what the regression had found. All parameter
+# groups exist from the first step, for groups added later confuse schedules and
 # checkpoints. Weight decay
 # ([Loshchilov and Hutter 2019](https://arxiv.org/abs/1711.05101)) pulls weights towards zero, which
 # makes no sense for the scales and shifts of normalisation layers: these and the biases go without.
@@ -169,9 +171,10 @@ def set_training_mode(cfg: EnhancedConfig, model: EmotionClassifier, epoch: int)
 # %%
 def make_optimizer(cfg: EnhancedConfig, model: EmotionClassifier) -> torch.optim.AdamW:
     """AdamW over four groups: head and backbone, each with and without weight decay."""
-    groups = []
+    groups, named = [], list(model.named_parameters())
+    slow = ("backbone.", "head.output.") if cfg.START == "probe" else ("backbone.",)
     for part, rate in (("head", cfg.LR_HEAD), ("backbone", cfg.LR_BACKBONE)):
-        parameters = list(model.get_submodule(part).parameters())
+        parameters = [p for name, p in named if name.startswith(slow) == (part == "backbone")]
         for kind, decay in (("decay", cfg.WEIGHT_DECAY), ("plain", 0.0)):
             chosen = [p for p in parameters if (p.ndim > 1) == (kind == "decay")]
             rates = {"lr": rate, "base_lr": rate, "weight_decay": decay}

@@ -629,8 +629,11 @@ def test_frozen_stages_are_in_eval_mode_altogether(small, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("head", ["progressive", "linear"])
-def test_every_parameter_is_in_exactly_one_group(name, head):
-    cfg = make_config({"MODEL_NAME": name, "WEIGHTS": None, "HEAD": head, "WEIGHT_DECAY": 0.02})
+@pytest.mark.parametrize("start", ["probe", "random"])
+def test_every_parameter_is_in_exactly_one_group(name, head, start):
+    """An output that begins as the probe moves with the backbone."""
+    settings = {"MODEL_NAME": name, "WEIGHTS": None, "HEAD": head, "START": start}
+    cfg = make_config({**settings, "WEIGHT_DECAY": 0.02})
     with torch.device("meta"):
         model = build_model(cfg, 8)
     groups = {group["name"]: group for group in make_optimizer(cfg, model).param_groups}
@@ -640,7 +643,8 @@ def test_every_parameter_is_in_exactly_one_group(name, head):
     for path, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             matrix = kind == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
-            part = "head" if path.startswith("head") else "backbone"
+            learnt = path.startswith("backbone") or (path == "head.output" and start == "probe")
+            part = "backbone" if learnt else "head"
             assert group_of[id(parameter)] == f"{part}.{'decay' if matrix else 'plain'}", path
     for group_name, group in groups.items():
         assert group["weight_decay"] == (0.02 if group_name.endswith("decay") else 0)

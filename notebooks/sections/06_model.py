@@ -36,8 +36,9 @@ table = stage_table(model.stage_modules(), begin)
 keep_figure(plot_stages(table, train.pictures([0])[0]), name="model")
 
 # %% [markdown]
-# What does it say *before* training? What the probe says. Its answers to eight test pictures are
-# kept here, and stand beside its later ones at the end of [Training](#Training).
+# What does it say *before* anything is learnt? With a head of random numbers, nothing that helps.
+# Its answers to eight test pictures are kept here, and stand beside those of the trained network at
+# the end of [Training](#Training).
 
 # %%
 from emotion_transfer.evaluation import predict
@@ -46,7 +47,7 @@ from emotion_transfer.evaluation import predict
 test_set = datasets["test"]
 eight = np.linspace(0, len(test_set) - 1, 8).round().astype(int)
 ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE)
-untrained = ask(model, test_set, positions=eight)
+untrained = ask(build_model(cfg, len(classes)), test_set, positions=eight)
 print(f"right: {(untrained.predicted == untrained.labels).sum()} of {len(eight)}")
 
 # %% [markdown]

@@ -2,9 +2,9 @@
 # ## Rates
 #
 # *How fast does which part learn?* A rate that is too high destroys what the backbone knows, one
-# that is too low learns nothing in the time there is. The head is new and learns much
-# faster (`LR_HEAD`, by default a hundred times, on the sample ten) than the backbone, which only
-# adjusts (`LR_BACKBONE`): *differential learning rates*
+# that is too low learns nothing in the time there is. The head is new and learns much faster
+# (`LR_HEAD`, by default a hundred times, on the sample ten) than the backbone, which only adjusts
+# (`LR_BACKBONE`): *differential learning rates*
 # ([Howard and Ruder 2018](https://arxiv.org/abs/1801.06146)).
 
 # %%
