@@ -65,13 +65,13 @@ PLACES = ("DATA_ROOT", "IMAGES_ROOT", "CACHE_DIR", "OUTPUT_ROOT")  # of no inter
 def noted_validations(task: Task) -> Iterator[list[float]]:
     """The seconds at which the project's engine knows each row of its history."""
     seconds: list[float] = []
-    original = Keeper.end_epoch
+    original = Keeper.save_best
 
-    def end_epoch(*args: Any, **kwargs: Any) -> None:
+    def save_best(*args: Any, **kwargs: Any) -> None:
         seconds.append(task.seconds())
         original(*args, **kwargs)
 
-    with mock.patch.object(Keeper, "end_epoch", end_epoch):
+    with mock.patch.object(Keeper, "save_best", save_best):
         yield seconds
 
 

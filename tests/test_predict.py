@@ -98,9 +98,9 @@ def test_the_fit_of_the_training_is_that_of_the_answers(export, image, tmp_path,
         squashed = picture.resize((side, side))
     (squashed if fit == "squash" else square).save(tmp_path / "square.png")
     expected = predict_files(load_export(export, module.network_of), [tmp_path / "square.png"])[0]
-    assert [found[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert [found[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=5e-4)
     cropped = predict_files(load_export(export, module.network_of), [image])[0]
-    assert np.abs(cropped - expected).max() > 3e-3
+    assert np.abs(cropped - expected).max() > 1e-3
 
 
 def test_json_for_programs(export, image, capsys):
