@@ -45,7 +45,7 @@ class EnhancedConfig:
     OUTPUT_ROOT: str = neutral("outputs", "where the folders of runs are")
     INIT_FROM: str | None = setting(None, "export or best-*.pt of a run, to begin with its weights")
     # Optimisation and regularisation
-    START: str = setting("probe", "what the new head begins as", choices=("probe", "random"))
+    START: str = setting("random", "what the new head begins as", choices=("random", "probe"))
     LR_BACKBONE: float = setting(3e-5, "learning rate of the pretrained layers", low=0, high=10)
     LR_HEAD: float = setting(3e-3, "learning rate of the new head", low=1e-12, high=10)
     MIN_LR: float = setting(1e-6, "where each cycle of the learning rates ends", low=0, high=1)
@@ -135,7 +135,7 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
 SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
-SMALL_PROFILE = {"EPOCHS": 12, "HEAD": "linear", "LR_HEAD": 3e-4, "LR_BACKBONE": 3e-4,
+SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "linear", "LR_BACKBONE": 3e-4,
                  "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 10000), "MIX_PROB": 0.0}  # fmt: skip
 
 

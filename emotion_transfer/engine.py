@@ -208,8 +208,8 @@ def validate_epoch(
 
 
 # %% [markdown]
-# The start is judged too, as epoch 0: a network that begins as the linear probe and never gets
-# better than it ends as the probe. After `PATIENCE` epochs without a
+# The start is judged too, as epoch 0: a network that begins as the linear probe (`START`) and never
+# gets better than it ends as the probe. After `PATIENCE` epochs without a
 # better one training ends (*early stopping*), counted only once all has thawed that will, for each
 # thaw first makes things worse before it makes them better.
 

@@ -3,16 +3,16 @@
 # %% [markdown]
 # The backbone is a [ResNet](https://arxiv.org/abs/1512.03385) or an
 # [EfficientNet](https://arxiv.org/abs/1905.11946). The head turns its features into one score a
-# class, by two parts whose scores are added up. The *reduction*, instead of one large step from
-# 2048 features to 8 classes, halves the width twice; each step is a linear map, a batch
-# normalisation, a ReLU and dropout, strong at first (`DROPOUT`), then half as strong. The *output*
-# beside it is that one step, a single linear layer.
+# class. Instead of one large step from 2048 features to 8 classes the *reduction* halves the width
+# twice; each step is a linear map, a batch normalisation, a ReLU and dropout, strong at first
+# (`DROPOUT`), then half as strong. `HEAD = "linear"` is that one large step, the *output*.
 #
-# A head of random numbers has to learn from nothing, and on few pictures it learns them by heart
-# before the backbone has moved. So training begins elsewhere ([Kumar et al.
-# 2022](https://arxiv.org/abs/2202.10054)): the output *begins as the linear probe*, the logistic
-# regression on the frozen features, while the last layer of the reduction begins at zero. The
-# network is the probe at first (`START = "probe"`), and training can only add to it.
+# A head of random numbers has to learn from nothing, and a few hundred pictures it learns by heart
+# before the backbone has moved. `START = "probe"`, part of the profile for small sets, begins
+# elsewhere ([Kumar et al. 2022](https://arxiv.org/abs/2202.10054)): the output *begins as the
+# linear probe*, the logistic regression on the frozen features. With the reduction beside it, whose
+# last layer then begins at zero, the two are added up. The network is the probe at first, and
+# training can only add to it.
 
 # %%
 from collections.abc import Mapping
@@ -40,15 +40,12 @@ class Head(nn.ModuleDict):
 
 
 def make_reduction(features: int, classes: int, dropout: float) -> nn.Sequential:
-    """Features [B, F] to scores [B, C] in three steps, the last of which begins at zero."""
+    """Features [B, F] to scores [B, C] in three steps."""
     half, quarter = features // 2, features // 4
-    last = nn.Linear(quarter, classes)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
     return nn.Sequential(  # the BatchNorms add the biases
         nn.Linear(features, half, bias=False), nn.BatchNorm1d(half), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(half, quarter, bias=False), nn.BatchNorm1d(quarter), nn.ReLU(),
-        nn.Dropout(dropout / 2), last,
+        nn.Dropout(dropout / 2), nn.Linear(quarter, classes),
     )  # fmt: skip
 
 
@@ -58,7 +55,10 @@ def make_head(features: int, classes: int, dropout: float, kind: str, start: str
     if kind == "linear" or start == "probe":
         head["output"] = nn.Linear(features, classes)
     if kind == "progressive":
-        head["reduction"] = make_reduction(features, classes, dropout)
+        head["reduction"] = reduction = make_reduction(features, classes, dropout)
+        if start == "probe":  # it adds nothing at first
+            for parameter in reduction[-1].parameters():
+                nn.init.zeros_(parameter)
     return head
 
 

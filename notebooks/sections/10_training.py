@@ -4,8 +4,9 @@
 # *Does it learn, or does it memorise?* Everything is in place. One line an epoch gives the losses,
 # the macro F1 on the validation pictures (with the weights as they are and with their average), and
 # the gap between training and validation accuracy; `*` marks the best epoch so far. Macro F1 counts
-# every class alike, however rare. Epoch 0 is the start, the linear probe: if nothing after it is
-# better, that is what you get. A run that is complete is loaded, not trained again.
+# every class alike, however rare. Epoch 0 is the start; where that is the linear probe and
+# nothing after it is better, the probe is what you get. A run that is complete is loaded, not
+# trained again.
 
 # %%
 result = fit(cfg, model, datasets, run_dir / "checkpoints")
