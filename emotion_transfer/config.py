@@ -128,15 +128,15 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # %% [markdown]
 # `make_config` takes the defaults, then a profile, then what you ask for, which always wins; a
 # misspelt name is answered with the nearest right ones. The sample has a quick profile. Small sets
-# have one too: where a few hundred pictures are all there is, only the last stages train, from the
-# first epoch on, under a head that is a single layer.
+# have one too: where a few hundred pictures are all there is, training begins as the linear probe,
+# a head of a single layer, and all of the network moves from the first epoch on, slowly.
 
 # %%
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
 SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
 SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "linear", "LR_BACKBONE": 3e-4,
-                 "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 10000), "MIX_PROB": 0.0}  # fmt: skip
+                 "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 0), "MIX_PROB": 0.0}  # fmt: skip
 
 
 def profile_for(images: int, *, synthetic: bool) -> dict[str, Any]:
