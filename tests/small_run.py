@@ -69,6 +69,7 @@ def small_config(folder: Path, **overrides) -> EnhancedConfig:
     """Four epochs of six steps in which head, last stage and all of it train in turn."""
     settings = {
         "DATASET": "files", "DATA_ROOT": str(folder / "tiny"), "CACHE_DIR": str(folder / "cache"),
+        "START": "probe",
         "OUTPUT_ROOT": str(folder / "outputs"), "MODEL_NAME": "small", "WEIGHTS": None,
         "IMG_SIZE": 32, "BATCH_SIZE": 4, "EPOCHS": 4, "THAW_EPOCHS": (1, 2), "MIX_OFF_EPOCHS": 1,
         "LR_HEAD": 0.1, "LR_BACKBONE": 0.02, "DROPOUT": 0.1, "EMA_DECAY": 0.9,
