@@ -91,8 +91,8 @@ class EmotionClassifier(nn.Module):
 
 # %% [markdown]
 # The probe takes one pass over the pictures for their features; how strongly the regression is
-# regularised is chosen by cross-validation on the training pictures (`linear_probe??`). Its weights
-# become the output's.
+# regularised is chosen by cross-validation on the training pictures (`linear_probe??`). With
+# `START = "probe"` its weights become the output's; it is a baseline in any case.
 
 
 # %%
@@ -110,7 +110,7 @@ def build_model(
     backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
     asked = classes, cfg.DROPOUT, cfg.HEAD, cfg.START
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, *asked)
-    if probe is not None and cfg.START == "probe":
+    if probe is not None:
         begin = {name: torch.from_numpy(probe[name]) for name in ("weight", "bias")}
         head["output"].load_state_dict(begin)
     model = EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)

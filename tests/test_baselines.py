@@ -97,7 +97,7 @@ def test_training_begins_as_the_probe_and_shares_it(tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "extract_features", None)  # once is enough
     again = run_baseline("linear_probe", cfg, datasets, tmp_path)
     np.testing.assert_array_equal(again["probabilities"], probe["probabilities"])
-    random = build_model(dataclasses.replace(cfg, START="random"), 3, probe)
+    random = build_model(dataclasses.replace(cfg, START="random"), 3)
     assert set(random.head) == {"reduction"}
 
 

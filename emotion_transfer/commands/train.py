@@ -60,7 +60,8 @@ def make_model(
 ) -> EmotionClassifier:
     """The model as training in `run_dir` begins."""
     classes = datasets["train"].classes
-    probe = find_probe(cfg, datasets, run_dir / "baselines" / "linear_probe")
+    folder = run_dir / "baselines" / "linear_probe"
+    probe = find_probe(cfg, datasets, folder) if cfg.START == "probe" else None
     model = build_model(cfg, len(classes), probe)
     load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
     return model

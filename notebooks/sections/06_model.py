@@ -26,7 +26,7 @@ from emotion_toolbox.keeper import load_initial_weights
 from emotion_transfer.config import thaw_epochs
 
 folder = run_dir / "baselines"
-probe = find_probe(cfg, datasets, folder / "linear_probe")
+probe = find_probe(cfg, datasets, folder / "linear_probe") if cfg.START == "probe" else None
 model = build_model(cfg, len(classes), probe)
 load_initial_weights(model, cfg.INIT_FROM, classes, run_dir)
 begin = {stage: epoch + 1 if epoch < cfg.EPOCHS else None
