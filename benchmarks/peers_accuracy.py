@@ -17,22 +17,21 @@ fastai is an extra: ``pip install -e ".[peers]"``; without what it needs for tex
 """
 
 import argparse
-import contextlib
-import functools
+import dataclasses
 import importlib
 import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from benchmarks.paired import Record, pack_hits, summarise_arms
 from benchmarks.recipes import (
@@ -50,29 +49,32 @@ from benchmarks.results import (
     save_results,
 )
 from emotion_toolbox.backbones import PACKAGED
+from emotion_toolbox.batches import Batch
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.files import write_text
-from emotion_toolbox.keeper import Keeper
 from emotion_toolbox.tables import EmotionData, load_splits
 from emotion_transfer.baselines import plain_config, run_baseline
 from emotion_transfer.commands.train import answer, choose_settings, open_data, train_model
 from emotion_transfer.config import EnhancedConfig
+from emotion_transfer.engine import Augment, Trainer, augment_batch
 
+Arm = Callable[[Task, Path], Answer]
 PLACES = ("DATA_ROOT", "IMAGES_ROOT", "CACHE_DIR", "OUTPUT_ROOT")  # of no interest elsewhere
 
 
-@contextlib.contextmanager
-def noted_validations(task: Task) -> Iterator[list[float]]:
-    """The seconds at which the project's engine knows each row of its history."""
+def noting(task: Task) -> tuple[Augment, list[float]]:
+    """The engine's augmentation, and the seconds at which it is asked for an epoch's first batch.
+
+    By then the validation before that epoch is over; the last one's time is that of `fit`'s return.
+    """
     seconds: list[float] = []
-    original = Keeper.save_best
 
-    def save_best(*args: Any, **kwargs: Any) -> None:
-        seconds.append(task.seconds())
-        original(*args, **kwargs)
+    def augment(trainer: Trainer, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        if step == 0:
+            seconds.append(task.seconds())
+        return augment_batch(trainer, batch, epoch, step)
 
-    with mock.patch.object(Keeper, "save_best", save_best):
-        yield seconds
+    return augment, seconds
 
 
 def chosen_accuracy(history: pd.DataFrame, monitor: str) -> list[float]:
@@ -100,32 +102,38 @@ def choose_for(task: Task, folder: Path) -> tuple[EnhancedConfig, EmotionData]:
     })  # fmt: skip
 
 
-def train_ours(task: Task, folder: Path) -> Answer:
-    """The recipe of this project."""
+def train_with(change: Callable[[EnhancedConfig], EnhancedConfig]) -> Arm:
+    """An arm that trains as the command ``train`` does, after a `change` of its settings."""
+
+    def train(task: Task, folder: Path) -> Answer:
+        chosen, listed = choose_for(task, folder)
+        cfg, datasets = change(chosen), open_data(chosen, listed)[1]
+        augment, seconds = noting(task)
+        model, result = train_model(cfg, datasets, folder / "run", augment)
+        seconds.append(task.seconds())
+        predicted = answer(cfg, model, datasets["test"], result.amp).predicted
+        curve = list(zip(seconds, chosen_accuracy(result.history, cfg.MONITOR), strict=True))
+        return Answer(predicted, curve, recorded(cfg))
+
+    return train
+
+
+def plain(cfg: EnhancedConfig) -> EnhancedConfig:
+    """The plain fine-tune that belongs to `cfg`; it looks at no mirror images."""
+    return dataclasses.replace(plain_config(cfg), TTA=False)
+
+
+def fit_probe(task: Task, folder: Path) -> Answer:
+    """The linear probe of this project."""
     cfg, listed = choose_for(task, folder)
-    _, datasets = open_data(cfg, listed)
-    with noted_validations(task) as seconds:
-        model, result = train_model(cfg, datasets, folder / "run")
-    predicted = answer(cfg, model, datasets["test"], result.amp).predicted
-    curve = list(zip(seconds, chosen_accuracy(result.history, cfg.MONITOR), strict=True))
-    return Answer(predicted, curve, recorded(cfg))
+    found = run_baseline("linear_probe", cfg, open_data(cfg, listed)[1], folder / "baselines")
+    return Answer(found["probabilities"].argmax(1), [], recorded(cfg))
 
 
-def train_baseline(name: str, task: Task, folder: Path) -> Answer:
-    """One of the project's own baselines."""
-    cfg, listed = choose_for(task, folder)
-    _, datasets = open_data(cfg, listed)
-    with noted_validations(task) as seconds:
-        found = run_baseline(name, cfg, datasets, folder / "baselines")
-    curve = list(zip(seconds, map(float, found.get("curve", ())), strict=True))
-    used = plain_config(cfg) if name == "plain_finetune" else cfg
-    return Answer(found["probabilities"].argmax(1), curve, recorded(used))
-
-
-ARMS: dict[str, Callable[[Task, Path], Answer]] = {
-    "ours": train_ours,
-    "probe": functools.partial(train_baseline, "linear_probe"),
-    "plain_finetune": functools.partial(train_baseline, "plain_finetune"),
+ARMS: dict[str, Arm] = {
+    "ours": train_with(lambda cfg: cfg),
+    "probe": fit_probe,
+    "plain_finetune": train_with(plain),
     "fastai": lambda task, folder: finetune_fastai(task),
     "timm": lambda task, folder: finetune_timm(task),
     "keras_like": lambda task, folder: finetune_keras_like(task),

@@ -290,7 +290,7 @@ def test_every_arm_trains(arm, root, tmp_path):
 
 
 def test_ours_is_what_the_command_trains(root, tmp_path):
-    made = peers_accuracy.train_ours(Task(root, 32, 2, 5), tmp_path)
+    made = peers_accuracy.ARMS["ours"](Task(root, 32, 2, 5), tmp_path)
     run = train({
         "DATA_ROOT": str(root), "CACHE_DIR": str(tmp_path / "other"), "SEED": 5, "EPOCHS": 2,
         "OUTPUT_ROOT": str(tmp_path / "outputs"), "MODEL_NAME": PACKAGED[0], "IMG_SIZE": 32,

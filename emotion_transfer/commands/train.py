@@ -27,7 +27,7 @@ from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config, profile_for
-from emotion_transfer.engine import fit
+from emotion_transfer.engine import Augment, fit
 from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import EmotionClassifier, build_model, find_probe
@@ -68,12 +68,13 @@ def make_model(
 
 
 def train_model(
-    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path
-) -> tuple[EmotionClassifier, FitResult]:
+    cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path,
+    augment: Augment | None = None,
+) -> tuple[EmotionClassifier, FitResult]:  # fmt: skip
     """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
     model = make_model(cfg, datasets, run_dir)
-    return model, fit(cfg, model, datasets, run_dir / "checkpoints")
+    return model, fit(cfg, model, datasets, run_dir / "checkpoints", augment)
 
 
 def answer(
