@@ -51,8 +51,8 @@ keep_figure(plot_class_distribution(listed.counts()), name="class_distribution")
 # The cut takes a quarter of a 4:3 photograph. `FIT = "pad"` keeps it whole between bars of
 # ImageNet's mean colour, `"squash"` keeps it whole and narrows its shapes. Cutting stays the
 # default: by logistic regression on a frozen EfficientNet-Lite0 at 128 pixels (five-fold
-# cross-validation), crop, squash and pad reach accuracies of 0.511, 0.517 and 0.514 on photographs
-# rated for their pleasantness (OASIS), and 0.806, 0.792 and 0.783 on ten kinds of clothes.
+# cross-validation), crop, squash and pad reach accuracies of 0.509, 0.514 and 0.489 on photographs
+# rated for their pleasantness (OASIS), and 0.806, 0.794 and 0.794 on ten kinds of clothes.
 
 # %%
 from emotion_toolbox.batches import open_datasets

@@ -33,8 +33,8 @@ keep_figure(curves, name="training")
 # The gap at the best epoch, judged against what chance alone would give with so many pictures:
 
 # %%
-best = result.history.set_index("epoch").loc[result.best_epoch]
-clean, gap = float(best["train_clean_accuracy"]), float(best["gap"])
+best = result.history.set_index("epoch").loc[result.best_epoch].to_dict()
+clean, gap = best["train_clean_accuracy"], best["gap"]
 print(gap_verdict(clean, clean - gap, len(datasets["val"]), len(classes)))
 
 # %% [markdown]
