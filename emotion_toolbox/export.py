@@ -154,9 +154,8 @@ data it was trained on.
 def written(module: nn.Module) -> str:
     """The Python that makes `module`, a layer or layers with names."""
     if isinstance(module, nn.ModuleDict):
-        return (
-            f"Head(dict({', '.join(f'{name}={written(part)}' for name, part in module.items())}))"
-        )
+        parts = [f"{name}={written(part)}" for name, part in module.items()]
+        return f"Head(dict({', '.join(parts)}))"
     inner = ", ".join(map(written, module.children()))
     return f"nn.Sequential({inner})" if inner else f"nn.{module}"
 

@@ -110,9 +110,9 @@ def epoch_line(row: Mapping[str, Any], epochs: int, best: bool) -> str:
     """An epoch in one line of at most 80 characters; `best` marks it."""
     ema, loss = row.get("val_ema_macro_f1"), row.get("train_loss")
     average = f" (average {ema:.3f})" if ema is not None else ""
+    begin = "start" if loss is None else f"loss {loss:.3f}"
     return (
-        f"epoch {row['epoch']}/{epochs}: {'start' if loss is None else f'loss {loss:.3f}'}, "
-        f"val {row['val_loss']:.3f}, "
+        f"epoch {row['epoch']}/{epochs}: {begin}, val {row['val_loss']:.3f}, "
         f"F1 {row['val_macro_f1']:.3f}{average}, gap {row['gap']:+.2f}{' *' if best else ''}"
     )
 

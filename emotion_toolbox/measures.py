@@ -143,9 +143,9 @@ def milder_estimates(
         positive = np.array([name in POSITIVE_EMOTIONS for name in classes])
         says = probabilities[:, positive].sum(axis=1) > 0.5
         found["polarity_accuracy"] = np.asarray(says == positive[labels])
-    n = len(labels)
-    drawn = {name: rng.binomial(n, hits.mean(), resamples) / n for name, hits in found.items()}
-    return {name: percentile_interval(hits.mean(), drawn[name]) for name, hits in found.items()}
+    shares, n = {name: hits.mean() for name, hits in found.items()}, len(labels)
+    drawn = {name: rng.binomial(n, share, resamples) / n for name, share in shares.items()}
+    return {name: percentile_interval(shares[name], drawn[name]) for name in found}
 
 
 def log_losses(labels: Labels, probabilities: Floats) -> Floats:
@@ -318,6 +318,8 @@ def paired_test(
 ) -> PairedTest:  # fmt: skip
     """Compare two models' predicted classes [N] for the same images; a paired bootstrap."""
     y, a, b = (np.asarray(values) for values in (labels, ours, other))
+    if not len(y) == len(a) == len(b):
+        raise ValueError(f"labels, ours and other have {len(y)}, {len(a)} and {len(b)} entries")
     only, n = (int(((a == y) & (b != y)).sum()), int(((a != y) & (b == y)).sum())), len(y)
     shares = np.array([*only, n - sum(only)]) / n
     drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)

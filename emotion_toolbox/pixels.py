@@ -18,8 +18,14 @@ Floats = npt.NDArray[np.float64]
 ColourJitter = Callable[[Tensor, Factor, Factor, Factor, Factor], Tensor]
 
 
-def check_pixels(images: Tensor, size: int) -> None:
-    """Raise ``ValueError`` unless `images` are uint8 [B, 3, S, S] with S of `size` or more."""
+def check_uniforms(uniforms: Floats, columns: int) -> None:
+    """Raise ``ValueError`` for uniforms of another shape than [B, `columns`]."""
+    if uniforms.ndim != 2 or uniforms.shape[1] != columns:
+        raise ValueError(f"uniforms of shape {uniforms.shape} should be (B, {columns})")
+
+
+def check_pixels(images: Tensor, size: int, planned: int | None = None) -> None:
+    """Raise ``ValueError`` unless `images` are uint8 [B, 3, S, S], S >= `size`, B == `planned`."""
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or images.dtype != torch.uint8:
         raise ValueError(f"images of shape {shape}, {images.dtype} should be uint8 [B, 3, S, S]")
@@ -27,6 +33,8 @@ def check_pixels(images: Tensor, size: int) -> None:
         raise ValueError(
             f"images of {shape[2]} pixels cannot give {size}: raise CACHE_SIZE or lower IMG_SIZE"
         )
+    if planned not in (None, len(images)):
+        raise ValueError(f"{planned} augmentations do not fit {len(images)} images")
 
 
 def send_to(values: Tensor, device: torch.device) -> Tensor:

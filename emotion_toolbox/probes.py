@@ -102,13 +102,11 @@ def linear_probe(
         train = datasets["train"]
         asked = BACKBONES[name], size, batch_size
         seen, test = (extract_features(backbone, datasets[s], *asked) for s in ("train", "test"))
-        labels, classes = train.split.labels, len(train.classes)
-        weight, bias, note = fit_probe(seen, labels, classes, monitor)
+        weight, bias, note = fit_probe(seen, train.split.labels, len(train.classes), monitor)
         found = {"weight": weight, "bias": bias, "note": f"logistic regression, {note}"}
         return {**found, "probabilities": softmax((test @ weight.T + bias).astype(float), axis=1)}
 
-    fingerprints = [data.fingerprint() for data in datasets.values()]
-    key = repr((network, monitor, fingerprints))
+    key = repr((network, monitor, [data.fingerprint() for data in datasets.values()]))
     return keep_result(folder / "probe.npz", key, fit)
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emotion_toolbox.pixels import (
-    ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, chunks,
-    colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
+    ColourJitter, Floats, between, blur_some, channel_constants, check_pixels, check_uniforms,
+    chunks, colour_factors, crop_sizes, erase_boxes, jitter_colours, random_boxes, send_to,
 )  # fmt: skip
 from emotion_transfer.config import EnhancedConfig, train_size
 
@@ -81,6 +81,7 @@ def draw_affine(cfg: EnhancedConfig, u: dict[str, Floats], tries: Floats) -> Flo
 # %%
 def draw_augmentation(cfg: EnhancedConfig, uniforms: Floats) -> Augmentation:
     """What is done to each image: a function of its row of `uniforms` [B, AUGMENT_DRAWS] alone."""
+    check_uniforms(uniforms, AUGMENT_DRAWS)
     u = dict(zip(AUGMENT_COLUMNS, uniforms.T, strict=False))
     theta = draw_affine(cfg, u, uniforms[:, len(AUGMENT_COLUMNS) :])
     swings = 2 * np.stack([u["brightness"], u["contrast"], u["saturation"], u["hue"]], axis=1) - 1
@@ -129,7 +130,7 @@ def apply_augmentation(
 
     Never waits for the device. `jitter` may be compiled. Raises ``ValueError`` for other shapes.
     """
-    check_pixels(images, size)
+    check_pixels(images, size, len(plan.theta))
     device, shape = images.device, (len(images), 3, size, size)
     theta, colour = send_to(plan.theta, device), colour_factors(plan.colour, device)
     centre, spread = channel_constants(mean, std, device)

@@ -36,9 +36,9 @@ def majority(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
 
 
 # %% [markdown]
-# The probe is the one that training began with. The other two run through the engine above with
-# other settings: the plain fine-tune switches off most of what this notebook adds (the cosine,
-# weight decay and clipping stay).
+# The probe is the one with which training may begin (`START`). The other two run through the engine
+# above with other settings: the plain fine-tune switches off most of what this notebook adds (the
+# cosine, weight decay and clipping stay).
 
 
 # %%

@@ -114,9 +114,10 @@ def test_dtypes_and_shapes():
     assert plan.erase.dtype == torch.int64
 
 
-def test_a_wrong_number_of_uniforms_is_an_error():
-    with pytest.raises(ValueError, match="equal division"):
-        draw_augmentation(make_config(), np.zeros((3, AUGMENT_DRAWS - 1)))
+@pytest.mark.parametrize("shape", [(3, AUGMENT_DRAWS - 1), (AUGMENT_DRAWS,)])
+def test_a_wrong_number_of_uniforms_is_an_error(shape):
+    with pytest.raises(ValueError, match="should be"):
+        draw_augmentation(make_config(), np.zeros(shape))
 
 
 def test_everything_off_is_exactly_nothing():
@@ -524,6 +525,11 @@ def test_unsuitable_images_are_refused(images, message):
         prepare_images(images, 32, MEAN, STD)
     with pytest.raises(ValueError, match=message):
         apply_augmentation(images, neutral(2), 32, MEAN, STD)
+
+
+def test_a_plan_for_another_batch_is_refused():
+    with pytest.raises(ValueError, match="3 augmentations do not fit 2 images"):
+        apply_augmentation(smooth_images(2, 40), neutral(3), 32, MEAN, STD)
 
 
 # --- evaluation and pictures

@@ -313,7 +313,7 @@ def test_identical_models_and_swapped_models() -> None:
 
 
 def test_paired_test_refuses_different_lengths() -> None:
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(ValueError, match="3, 3 and 2 entries"):
         paired_test([0, 1, 1], [0, 1, 1], [0, 1])
 
 
