@@ -6,41 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from emotion_transfer.intervals import percentile_interval
+from emotion_toolbox.paired import Hits, resample_mean, unpack_hits
 
-Hits = npt.NDArray[np.float64]
 Record = Mapping[str, Any]  # one run, as benchmarks.peers_accuracy writes it
-RESAMPLES = 10_000
-
-
-def pack_hits(hits: npt.ArrayLike) -> str:
-    """Right or wrong for each of N images, as hexadecimal digits of eight images a byte."""
-    return np.packbits(np.asarray(hits, dtype=bool)).tobytes().hex()
-
-
-def unpack_hits(text: str, count: int) -> npt.NDArray[np.bool_]:
-    """The `count` values that ``pack_hits`` packed."""
-    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
-    return np.unpackbits(packed, count=count).astype(bool)
-
-
-def resample_mean(values: Hits, seed: int = 0) -> dict[str, float]:
-    """Mean of `values` [seeds, images] with a 95 % interval over both.
-
-    The bootstrap draws seeds and images with replacement, independently of each other ("pigeonhole
-    bootstrap", Owen 2007, arXiv 0712.1111): images differ in difficulty for all seeds alike. A
-    single seed says nothing of the spread over seeds, and then the images alone are drawn.
-    """
-    rng, (seeds, images) = np.random.default_rng(seed), values.shape
-    rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
-    drawn = np.empty(RESAMPLES)
-    for part in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * images // 10**7)):
-        columns = rng.multinomial(images, np.full(images, 1 / images), len(part))
-        drawn[part] = ((rows[part] @ values) * columns).sum(axis=1) / (seeds * images)
-    found = percentile_interval(float(values.mean()), drawn)
-    return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 def hits_of(records: Mapping[int, Record], seeds: Sequence[int]) -> Hits:
@@ -72,13 +41,16 @@ def summarise_arms(runs: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
         both = sorted(runs.get("ours", {}).keys() & runs.get(arm, {}).keys())
         if not both:
             return None
-        return resample_mean(hits_of(runs["ours"], both) - hits_of(runs[arm], both))
+        return resample_mean(hits_of(runs["ours"], both) - hits_of(runs[arm], both)).to_json()
 
+    each = {
+        arm: resample_mean(hits_of(records, sorted(records))).to_json()
+        for arm, records in runs.items()
+    }
     summary: dict[str, Any] = {
         "seeds": {arm: len(records) for arm, records in runs.items()},
-        "test_accuracy": {
-            arm: resample_mean(hits_of(records, sorted(records))) for arm, records in runs.items()
-        },
+        "test_accuracy": each.get("ours"),
+        "test_accuracy_of_each": each,
     }
     others = ("probe", "plain_finetune", "fastai", "timm", "keras_like")
     summary |= {f"minus_{arm}": minus(arm) for arm in others}

@@ -9,7 +9,8 @@ looks at the test images once, at its end.
 
 ``seconds`` runs from the files on the disk to the answers for the test images: decoding and, for
 ours, filling the cache are in it, imports are not. Each run has a process of its own. Its record
-lies in ``--work`` as soon as it is done, and a run whose record is there is not repeated.
+lies in ``--work`` as soon as it is done, and a run whose record is there, or in the results, is not
+repeated; to repeat all, name other ones.
 
 fastai is an extra: ``pip install -e ".[peers]"``; without what it needs for text only,
 ``pip install --no-deps fastai fastcore "fastprogress<1.1" fasttransform fastdownload
@@ -33,7 +34,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.paired import Record, pack_hits, summarise_arms
+from benchmarks.paired import Record, summarise_arms
 from benchmarks.recipes import (
     Answer,
     Task,
@@ -52,6 +53,7 @@ from emotion_toolbox.backbones import PACKAGED
 from emotion_toolbox.batches import Batch
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.files import write_text
+from emotion_toolbox.paired import pack_hits
 from emotion_toolbox.tables import EmotionData, load_splits
 from emotion_transfer.baselines import plain_config, run_baseline
 from emotion_transfer.commands.train import answer, choose_settings, open_data, train_model
@@ -191,12 +193,17 @@ def data_key(root: Path) -> str:
     return "-".join(split.fingerprint() for split in load_splits(root).splits.values())
 
 
+def record_file(arm: str, name: str, size: int, epochs: int, seed: int, work: Path) -> Path:
+    """Where the record of one run lies."""
+    return work / f"{name}-{size}px-{epochs}-epochs-{arm}-{seed}.json"
+
+
 def record_run(
     arm: str, name: str, root: Path, size: int, epochs: int, seed: int, work: Path,
     start: Callable[..., Any] = in_own_process,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of a run from `work`, made first where it is not there or of other images."""
-    file = work / f"{name}-{size}px-{epochs}-epochs-{arm}-{seed}.json"
+    file = record_file(arm, name, size, epochs, seed, work)
     data = data_key(root)
     kept = load_results(file)
     if kept is not None and kept["data"] == data:
@@ -205,6 +212,14 @@ def record_run(
     made["data"] = data
     write_text(file, json.dumps(made, indent=1) + "\n")
     return made
+
+
+def restore_records(out: Path, name: str, work: Path) -> None:
+    """Put the records of `name` that the results hold into `work`, where they are not."""
+    for run in (load_results(out) or {}).get("sets", {}).get(name, {}).get("runs", []):
+        file = record_file(run["arm"], name, run["size"], run["epochs"], run["seed"], work)
+        if not file.exists():
+            write_text(file, json.dumps(run, indent=1) + "\n")
 
 
 def read_records(name: str, root: Path, size: int, epochs: int, work: Path) -> list[Record]:
@@ -266,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is not there yet, print and write the summary."""
     args = make_parser().parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
+    restore_records(args.out, args.name, args.work)
     skipped = {arm: why for arm in args.arms if (why := why_missing(arm))}
     for arm, why in skipped.items():
         print(f"{arm} is skipped: {why}", flush=True)

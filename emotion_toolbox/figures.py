@@ -170,9 +170,8 @@ def plot_image_grid(
     images: Pictures, titles: Names, columns: int = 8, title: str = "", frames: Names = (),
     inches: float = 1.7,
 ) -> Figure:  # fmt: skip
-    """Images (uint8, [H, W, 3]) in rows of `columns`, each under its title and `inches` high at
-    the most. `title` stands over the whole grid; `frames` are colours. The first image's shape is
-    that of the cells."""
+    """Images (uint8, [H, W, 3]) in rows of `columns`, each under its title, at most `inches` high
+    and shaped as the first. `title` stands over the whole grid; `frames` are colours."""
     columns = min(columns, len(images))
     rows, ratio = -(-len(images) // columns), images[0].shape[1] / images[0].shape[0]
     cell = min(inches * ratio, 10.4 / columns)  # this and the rest in inches
@@ -245,8 +244,7 @@ def plot_schedule(
 def plot_history(history: pd.DataFrame, *, best_epoch: float, thaws: Thaws = ()) -> Figure:
     """Three panels of a run: loss, accuracy with the gap to training, and macro F1.
 
-    `history` has a row an epoch, 0 being the start, with the columns read below (val_ema_* only
-    where there are averages).
+    `history` has a row an epoch, 0 being the start; val_ema_* only where there are averages.
     """
     table = history.set_index("epoch")
     clean = table["train_clean_accuracy"]

@@ -380,12 +380,9 @@ class Keeper:
         except OSError as error:  # the checkpoint holds the same
             tqdm.write(f"WARNING: {table} could not be written ({error})")
         if self.asked.is_set() and not progress.finished:
-            if saved:
-                raise Stopped("stopped and saved; run this cell again to go on from here")
-            raise Stopped(
-                "stopped, but not saved; free some disk space and run this cell again: it goes on "
-                "from the last checkpoint"
-            )
+            how = "stopped and saved" if saved else "stopped, but not saved; free some disk space"
+            place = "here" if saved else "the last checkpoint"
+            raise Stopped(f"{how}; run this cell again to go on from {place}")
 
     def save_best(
         self, progress: Progress, score: float, loss: float, payload: Mapping[str, Any]
@@ -404,9 +401,7 @@ class Keeper:
     def load_best(self, progress: Progress) -> dict[str, Any]:
         """The best model; raises ``CheckpointError`` where none could be kept."""
         if progress.best_file is None:
-            raise CheckpointError(
-                f"no best model could be kept in {self.folder}; free some disk space"
-            )
+            raise CheckpointError(f"no best model could be kept in {self.folder}; free disk space")
         return load_verified(self.folder / progress.best_file)
 
     @contextlib.contextmanager

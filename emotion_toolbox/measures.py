@@ -302,6 +302,16 @@ def gap_advice(train_accuracy: float, gap: float, noise: float) -> str:
     return "Healthy: the gap is real but too small to act on; keep the settings."
 
 
+def start_verdict(start: float, best: float, n_val: int) -> str:
+    """Whether accuracy on `n_val` validation images has moved from its `start` beyond chance."""
+    noise = 2 * gap_standard_error(start, best, n_val)  # more than it is, for images are the same
+    real = "That is more" if abs(best - start) > noise else "So these images cannot tell them apart"
+    return (
+        f"Validation accuracy {start:.1%} at the start, {best:.1%} at its best; with {n_val:,} "
+        f"images up to {100 * noise:.1f} points may be chance. {real}."
+    )
+
+
 @dataclass(frozen=True)
 class PairedTest:
     """The accuracy of one model minus that of another on the same images."""

@@ -72,18 +72,15 @@ def check_values(settings: Any) -> None:
         raise ConfigError("impossible settings:\n  " + "\n  ".join(problems))
 
 
-def check_batch(batch: int, parts: int) -> None:
-    """Raise ``ConfigError`` where `batch` images do not split into equal parts of two or more."""
+def check_sizes(settings: Any, train: int, kept: int) -> None:
+    """Raise ``ConfigError`` where a batch does not split, or sides in pixels do not fit.
+
+    `train` is the side of what the network sees in training, `kept` that of what the cache keeps.
+    """
+    batch, parts, seen = settings.BATCH_SIZE, settings.ACCUMULATE, settings.IMG_SIZE
     if batch % parts or batch // parts < 2:
         said = f"ACCUMULATE={parts} must split BATCH_SIZE={batch} into equal parts of at least 2"
         raise ConfigError(f"{said} images (the head's BatchNorm needs two)")
-
-
-def check_sizes(seen: int, train: int, kept: int) -> None:
-    """Raise ``ConfigError`` for sides in pixels that do not fit each other.
-
-    Of what the network sees after and in training, and of what the cache keeps.
-    """
     if train > seen:
         raise ConfigError(f"TRAIN_SIZE={train} must not exceed IMG_SIZE={seen}; None is the same")
     if not seen <= kept <= 1.3 * seen:

@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "write the lists of images that the notebook reads, from folders, EmoSet or tables",
     "predict": "say which emotion pictures evoke",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
+    "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(

@@ -4,9 +4,10 @@
 # The learning rate falls along half a cosine ([Loshchilov and Hutter
 # 2017](https://arxiv.org/abs/1608.03983)); in the first epoch it is faded in, linearly, on top of
 # that (`WARMUP_EPOCHS` is something else: how long the head trains alone). Every thaw *restarts*
-# the cosine at full height, because newly thawed layers have learning to do, and the last one
-# reaches `MIN_LR` exactly when training ends. It is a function of the position and of nothing else:
-# there is no scheduler object whose state could be lost, rebuilt wrongly or stepped twice.
+# the cosine at full height (`RESTARTS`), because newly thawed layers have learning to do, and the
+# last one reaches `MIN_LR` exactly when training ends. It is a function of the position and of
+# nothing else: there is no scheduler object whose state could be lost, rebuilt wrongly or stepped
+# twice.
 
 # %%
 import math
@@ -18,7 +19,7 @@ from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
 def cycle_bounds(cfg: EnhancedConfig) -> list[tuple[int, int]]:
     """First and last-plus-one epoch of every cosine cycle."""
-    starts = sorted({0, *(t for t in thaw_epochs(cfg) if t < cfg.EPOCHS)})
+    starts = sorted({0, *(t for t in thaw_epochs(cfg) if cfg.RESTARTS and t < cfg.EPOCHS)})
     return list(zip(starts, [*starts[1:], cfg.EPOCHS], strict=True))
 
 

@@ -3,6 +3,7 @@
 Importable from a test and from a process of its own, because runs are killed there.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import EmotionData, Split
 from emotion_transfer.commands.train import open_data
-from emotion_transfer.config import EnhancedConfig, make_config
+from emotion_transfer.config import EnhancedConfig, make_config, profile_for
 
 torch.set_num_threads(1)  # for so little work, threads cost more than they bring
 
@@ -76,6 +77,16 @@ def small_config(folder: Path, **overrides) -> EnhancedConfig:
         "NUM_WORKERS": 1, "DEVICE": "cpu", "AMP": "off", "BOOTSTRAP": 100,
     }  # fmt: skip
     return make_config({**settings, **overrides})
+
+
+def as_arguments(cfg: EnhancedConfig) -> list[str]:
+    """What ``--set`` is given for a command to choose `cfg`, whatever profile the data have."""
+    profile = profile_for(0, cfg.IMG_SIZE, synthetic=False)
+    return [
+        f"{f.name}={getattr(cfg, f.name)}"
+        for f in dataclasses.fields(cfg)
+        if getattr(cfg, f.name) != f.default or f.name in profile
+    ]
 
 
 def draw_pixels(seed: int, label: int, size: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The learning-rate finder: on quadratics, in closed form; on small runs, without a trace."""
 
 import copy
-import dataclasses
 import math
 import random
 
@@ -9,14 +8,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_run import file_datasets, install_small_network, memory_datasets, small_config
+from small_run import (
+    as_arguments,
+    file_datasets,
+    install_small_network,
+    memory_datasets,
+    small_config,
+)
 
 from emotion_toolbox.errors import DataError, DivergedError
 from emotion_transfer import __main__ as program
 from emotion_transfer.commands import lr as command
 from emotion_transfer.commands.lr import ENGINE, find_rates, range_test, suggest_rate
 from emotion_transfer.commands.train import make_model
-from emotion_transfer.config import SMALL_PROFILE
 from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
 from emotion_transfer.model import build_model
 
@@ -281,12 +285,7 @@ def test_fewer_images_than_a_batch(tmp_path):
 
 
 def run(cfg, *more: str) -> int:
-    texts = [
-        f"{f.name}={getattr(cfg, f.name)}"
-        for f in dataclasses.fields(cfg)
-        if getattr(cfg, f.name) != f.default or f.name in SMALL_PROFILE
-    ]
-    return program.main(["lr", "--set", *texts, *more])
+    return program.main(["lr", "--set", *as_arguments(cfg), *more])
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from emotion_toolbox.measures import (
     paired_test,
     per_class_table,
     reliability_table,
+    start_verdict,
 )
 from emotion_toolbox.tables import MIKELS_CLASSES, POSITIVE_EMOTIONS
 from emotion_transfer.config import EnhancedConfig
@@ -529,6 +530,15 @@ def test_gap_verdict(train: float, val: float, n: int, verdict: str) -> None:
     assert f"{n:,} images" in text
     fields = {field.name for field in dataclasses.fields(EnhancedConfig)}
     assert set(re.findall(r"[A-Z]+(?:_[A-Z]+)+|[A-Z]{4,}", text)) <= fields
+
+
+def test_what_training_brought_is_judged_against_chance() -> None:
+    for n in (20, 121, 2000):
+        noise = 2 * gap_standard_error(0.55, 0.60, n)
+        told = "cannot tell" not in start_verdict(0.55, 0.60, n)
+        assert told == (noise < 0.05)
+        assert f"{100 * noise:.1f} points" in start_verdict(0.55, 0.60, n)
+    assert "cannot tell" in start_verdict(0.5, 0.5, 100_000)
 
 
 def test_gap_standard_error_is_that_of_two_independent_samples() -> None:

@@ -16,16 +16,10 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import peers_accuracy, recipes
-from benchmarks.paired import (
-    first_reaching,
-    pack_hits,
-    resample_mean,
-    summarise_arms,
-    time_to_best,
-    unpack_hits,
-)
+from benchmarks.paired import first_reaching, summarise_arms, time_to_best
 from benchmarks.recipes import Answer, Task
 from emotion_toolbox.backbones import PACKAGED, make_backbone
+from emotion_toolbox.paired import pack_hits, resample_mean, unpack_hits
 from emotion_toolbox.tables import load_splits
 from emotion_transfer.commands.train import train
 
@@ -47,17 +41,17 @@ def test_interval_of_one_seed_is_binomial():
     hits = (np.arange(300) < 240).astype(float)
     found = resample_mean(hits[None])
     low, high = stats.binom(300, 0.8).ppf([0.025, 0.975]) / 300
-    assert found["mean"] == 0.8
-    assert found["low"] == pytest.approx(low, abs=1.01 / 300)
-    assert found["high"] == pytest.approx(high, abs=1.01 / 300)
+    assert found.value == 0.8
+    assert found.low == pytest.approx(low, abs=1.01 / 300)
+    assert found.high == pytest.approx(high, abs=1.01 / 300)
 
 
 def test_interval_of_seeds_alone_is_scipys():
     by_seed = np.random.default_rng(0).random(12)
     found = resample_mean(np.repeat(by_seed[:, None], 50, axis=1))
     other = stats.bootstrap((by_seed,), np.mean, method="percentile", rng=1).confidence_interval
-    assert found["low"] == pytest.approx(other.low, abs=0.01)
-    assert found["high"] == pytest.approx(other.high, abs=0.01)
+    assert found.low == pytest.approx(other.low, abs=0.01)
+    assert found.high == pytest.approx(other.high, abs=0.01)
 
 
 def test_interval_over_both_has_the_variance_of_the_closed_form():
@@ -68,7 +62,7 @@ def test_interval_over_both_has_the_variance_of_the_closed_form():
     variance = rows.var() / 20 + columns.var() / 60 + both.var() / (20 * 60)
     found = resample_mean(values)
     width = 2 * stats.norm.ppf(0.975) * math.sqrt(variance)
-    assert found["high"] - found["low"] == pytest.approx(width, rel=0.04)
+    assert found.high - found.low == pytest.approx(width, rel=0.04)
 
 
 def test_equal_arms_differ_by_nothing_and_paired_intervals_are_narrower():
@@ -82,9 +76,9 @@ def test_equal_arms_differ_by_nothing_and_paired_intervals_are_narrower():
         "timm": {s: record(other[s]) for s in range(3)},
     }
     found = summarise_arms(runs)
-    assert found["minus_fastai"] == {"mean": 0, "low": 0, "high": 0}
-    assert found["minus_timm"]["mean"] == pytest.approx(hits.mean() - other.mean())
-    alone = found["test_accuracy"]["ours"]
+    assert found["minus_fastai"] == {"value": 0, "low": 0, "high": 0}
+    assert found["minus_timm"]["value"] == pytest.approx(hits.mean() - other.mean())
+    alone = found["test_accuracy"]
     paired = found["minus_timm"]
     assert paired["high"] - paired["low"] < 0.7 * (alone["high"] - alone["low"])
 
@@ -93,7 +87,7 @@ def test_only_seeds_of_both_arms_are_paired():
     right, wrong = [True] * 8, [False] * 8
     runs = {"ours": {0: record(right), 1: record(wrong)}, "probe": {1: record(wrong)}}
     found = summarise_arms(runs)
-    assert found["minus_probe"]["mean"] == 0
+    assert found["minus_probe"]["value"] == 0
     assert found["seeds"] == {"ours": 2, "probe": 1}
 
 
@@ -135,7 +129,7 @@ def test_other_data_sets_stay_in_the_file():
     both = peers_accuracy.merge_set(first, "two", about, [record([False])])
     again = peers_accuracy.merge_set(both, "one", about, [record([False])])
     assert again["summary"]["two"] == both["summary"]["two"]
-    assert again["summary"]["one"]["test_accuracy"]["ours"]["mean"] == 0
+    assert again["summary"]["one"]["test_accuracy"]["value"] == 0
     assert again["sets"].keys() == {"one", "two"}
 
 
@@ -187,15 +181,27 @@ def test_a_run_that_is_there_is_not_repeated(tiny_root, tmp_path, fake_arms, mon
     assert command(tiny_root, work, "--arms", "ours,probe")["summary"] == first["summary"]
     assert made == []
     (work / "tiny-32px-1-epochs-probe-1.json").unlink()
+    (work / "recipe.json").unlink()
     command(tiny_root, work, "--arms", "probe")
     assert made == ["probe"]
+
+
+def test_runs_in_the_results_are_not_repeated_on_another_machine(
+    tiny_root, tmp_path, fake_arms, monkeypatch
+):
+    work = tmp_path / "work"
+    first = command(tiny_root, work, "--arms", "ours,probe")
+    for file in work.glob("tiny-*.json"):
+        file.unlink()
+    monkeypatch.setattr(peers_accuracy, "run_arm", None)
+    assert command(tiny_root, work, "--arms", "ours,probe") == first
 
 
 def test_a_part_of_the_arms_keeps_the_records_of_the_others(tiny_root, tmp_path, fake_arms):
     command(tiny_root, tmp_path / "work", "--arms", "ours")
     found = command(tiny_root, tmp_path / "work", "--arms", "timm")["summary"]["tiny"]
-    assert found["test_accuracy"].keys() == {"ours", "timm"}
-    assert found["minus_timm"]["mean"] == 0
+    assert found["test_accuracy_of_each"].keys() == {"ours", "timm"}
+    assert found["minus_timm"]["value"] == 0
 
 
 def test_runs_on_other_images_are_made_again(tiny_root, tmp_path, fake_arms):

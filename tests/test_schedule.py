@@ -21,6 +21,7 @@ SETTINGS = [
     ({"EPOCHS": 6, "THAW_EPOCHS": (2, 2)}, [(0, 2), (2, 6)]),
     ({"EPOCHS": 6, "THAW_EPOCHS": (4, 9)}, [(0, 4), (4, 6)]),
     ({"EPOCHS": 2, "THAW_EPOCHS": (5, 9)}, [(0, 2)]),
+    ({"EPOCHS": 12, "THAW_EPOCHS": (3, 7), "RESTARTS": False}, [(0, 12)]),
     ({"EPOCHS": 1}, [(0, 1)]),
 ]
 

@@ -19,7 +19,13 @@ from emotion_toolbox.device import choose_device, seed_everything, set_determini
 from emotion_toolbox.errors import DivergedError
 from emotion_toolbox.figures import BLUE, GREEN, RED, new_figure, save_figure
 from emotion_toolbox.report import figure_note, make_run_folder
-from emotion_transfer.commands.train import choose_settings, make_model, open_data, read_settings
+from emotion_transfer.commands.train import (
+    add_settings,
+    choose_settings,
+    make_model,
+    open_data,
+    settings_of,
+)
 from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import Trainer, begin_epoch, train_step
 from emotion_transfer.model import EmotionClassifier, thaw_level
@@ -184,5 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python -m emotion_transfer lr --set DATA_ROOT=data/processed/pictures",
     )
-    print(suggest(read_settings(parser, arguments)))
+    add_settings(parser)
+    print(suggest(settings_of(parser.parse_args(arguments))))
     return 0

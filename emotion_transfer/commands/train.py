@@ -50,7 +50,8 @@ def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionDa
     choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
     listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
     images = len(listed.splits["train"])
-    cfg = make_config(settings, profile_for(images, synthetic=listed.synthetic))
+    profile = profile_for(images, cfg.IMG_SIZE, synthetic=listed.synthetic)
+    cfg = make_config(settings, profile)
     network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
     return dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights), listed
 
@@ -121,13 +122,16 @@ def train(settings: dict[str, Any]) -> Path:
     return run_dir
 
 
-def read_settings(parser: argparse.ArgumentParser, arguments: list[str] | None) -> dict[str, Any]:
-    """The settings of ``--set`` on a command line that has no other option."""
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option ``--set``."""
     meaning = "settings of this run; `python -m emotion_transfer settings` lists them"
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning
     )
-    args = parser.parse_args(arguments)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that ``--set`` gave."""
     return dict(parse_setting(EnhancedConfig, text) for text in args.set)
 
 
@@ -139,5 +143,6 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="example: python -m emotion_transfer train --set DATA_ROOT=data/processed/pictures "
         "EPOCHS=20. The same settings resume the same run.",
     )
-    train(read_settings(parser, arguments))
+    add_settings(parser)
+    train(settings_of(parser.parse_args(arguments)))
     return 0

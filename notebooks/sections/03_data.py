@@ -25,7 +25,7 @@ from emotion_toolbox.sample import load_data
 from emotion_transfer.config import profile_for
 
 listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
-profile = profile_for(len(listed.splits["train"]), synthetic=listed.synthetic)
+profile = profile_for(len(listed.splits["train"]), cfg.IMG_SIZE, synthetic=listed.synthetic)
 cfg = make_config(settings, profile)  # what you set yourself still wins
 network, learnt = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
 cfg = dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=learnt)

@@ -24,18 +24,20 @@ print(f"{result.finished}; best: epoch {result.best_epoch}, {result.best_source}
 
 # %%
 from emotion_toolbox.figures import plot_guesses, plot_history
-from emotion_toolbox.measures import gap_verdict
+from emotion_toolbox.measures import gap_verdict, start_verdict
 
 curves = plot_history(result.history, best_epoch=result.best_epoch, thaws=thaws)
 keep_figure(curves, name="training")
 
 # %% [markdown]
-# The gap at the best epoch, judged against what chance alone would give with so many pictures:
+# What training has brought, and the gap at the best epoch, judged against what chance alone would
+# give with so many pictures:
 
 # %%
-best = result.history.set_index("epoch").loc[result.best_epoch].to_dict()
-clean, gap = best["train_clean_accuracy"], best["gap"]
-print(gap_verdict(clean, clean - gap, len(datasets["val"]), len(classes)))
+start, best = result.history.iloc[0], result.history.iloc[result.best_epoch]
+clean, reached = best["train_clean_accuracy"], best["train_clean_accuracy"] - best["gap"]
+print(start_verdict(start["val_accuracy"], reached, len(datasets["val"])))
+print(gap_verdict(clean, reached, len(datasets["val"]), len(classes)))
 
 # %% [markdown]
 # The eight test pictures again, before training and after:
