@@ -15,7 +15,15 @@ from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.files import project_root, resolve_path
 from emotion_toolbox.settings import settings_hash, settings_to_json
 from emotion_transfer.commands.settings import parse_setting
-from emotion_transfer.config import EnhancedConfig, cache_size, make_config, thaw_epochs
+from emotion_transfer.config import (
+    SMALL_SET,
+    EnhancedConfig,
+    cache_size,
+    make_config,
+    profile_for,
+    thaw_epochs,
+    train_size,
+)
 
 FACTS = {f.name: f.metadata for f in dataclasses.fields(EnhancedConfig)}
 FIELDS = {f.name: f.type for f in dataclasses.fields(EnhancedConfig)}
@@ -174,6 +182,17 @@ def test_unknown_names_list_the_nearest_and_all() -> None:
         make_config({"qqqq": 1})
     with pytest.raises(ConfigError):
         make_config({3: 1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("size", [32, 33, 96, 128, 224, 1024])
+def test_the_profile_of_small_sets_fits_every_image_size(size: int) -> None:
+    profile = profile_for(SMALL_SET - 1, size, synthetic=False)
+    cfg = make_config({"IMG_SIZE": size}, profile)
+    assert (cfg.START, cfg.HEAD) == ("probe", "linear")
+    assert train_size(cfg) == pytest.approx(max(32, size * 7 / 8), abs=0.51)
+    assert profile_for(SMALL_SET, size, synthetic=False) == {}
+    own = make_config({"IMG_SIZE": size, "TRAIN_SIZE": None, "EPOCHS": 3}, profile)
+    assert (train_size(own), own.EPOCHS) == (size, 3)
 
 
 def test_overrides_win_over_the_profile() -> None:

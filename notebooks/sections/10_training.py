@@ -34,9 +34,9 @@ keep_figure(curves, name="training")
 # give with so many pictures:
 
 # %%
-start, best = result.history.iloc[0], result.history.iloc[result.best_epoch]
+first, best = result.history.iloc[0], result.history.iloc[result.best_epoch]
 clean, reached = best["train_clean_accuracy"], best["train_clean_accuracy"] - best["gap"]
-print(start_verdict(start["val_accuracy"], reached, len(datasets["val"])))
+print(start_verdict(first["val_accuracy"], reached, len(datasets["val"])))
 print(gap_verdict(clean, reached, len(datasets["val"]), len(classes)))
 
 # %% [markdown]
