@@ -1,6 +1,7 @@
 """The learning-rate finder: on quadratics, in closed form; on small runs, without a trace."""
 
 import copy
+import dataclasses
 import math
 import random
 
@@ -20,7 +21,7 @@ from emotion_toolbox.errors import DataError, DivergedError
 from emotion_transfer import __main__ as program
 from emotion_transfer.commands import lr as command
 from emotion_transfer.commands.lr import ENGINE, find_rates, range_test, suggest_rate
-from emotion_transfer.commands.train import make_model
+from emotion_transfer.commands.train import answer, make_model
 from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
 from emotion_transfer.model import build_model
 
@@ -323,6 +324,44 @@ def test_the_command_names_what_is_wrong(cfg, capsys, more, said):
     assert run(cfg, more) == 1
     error = capsys.readouterr().err.strip().splitlines()[-3:]
     assert any(said in line for line in error)
+
+
+def test_short_runs_say_which_rate_won_and_by_how_much(cfg):
+    cfg = dataclasses.replace(cfg, START="random")  # else the start is as good as it gets
+    datasets, folder = file_datasets(cfg), command.Path(cfg.OUTPUT_ROOT)
+    folder.mkdir(parents=True)
+    tried = command.compare_rates(cfg, datasets, folder, [0.0, 0.02, 5.0], epochs=2)
+    assert {run.rate for run in tried} == {0.0, 0.02, 5.0}
+    assert [run.score for run in tried] == sorted((run.score for run in tried), reverse=True)
+    assert (tried[0].behind.value, tried[0].behind.low, tried[0].behind.high) == (0, 0, 0)
+    assert not (folder / "tried").exists()
+    for run in tried:  # each is the run that these settings give by themselves
+        own = dataclasses.replace(
+            cfg, LR_BACKBONE=run.rate, EPOCHS=2, WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0)
+        )
+        model = make_model(own, datasets, folder)
+        result = fit(own, model, datasets, folder / f"own-{run.rate}")
+        found = answer(own, model, datasets["val"], result.amp)
+        assert run.score == pytest.approx(found.macro_f1)
+
+
+def test_the_command_compares_rates_and_refuses_impossible_ones(cfg, capsys):
+    asked = ["lr", "--epochs", "1", "--runs", "0.01", "0.02", "--set", *as_arguments(cfg)]
+    assert program.main(asked) == 0
+    said = capsys.readouterr().out
+    assert "won with a validation macro_f1 of" in said and "nothing has been changed" in said
+    assert program.main([*asked[:3], "--runs", "99", *asked[6:]]) == 1
+    assert "LR_BACKBONE=99.0 must be a number from 0" in capsys.readouterr().err
+
+
+def test_what_it_says_of_rates_that_are_alike_and_that_are_not():
+    def tried(rate, *behind):
+        return command.Tried(rate, 0.5, command.Estimate(*behind))
+
+    said = command.describe_rates(
+        [tried(0.1, 0, 0, 0), tried(0.2, 0.1, 0.05, 0.2), tried(0.3, 0.1, -0.05, 0.2)], "accuracy"
+    ).splitlines()
+    assert [("chance" in line) for line in said] == [False, False, True]
 
 
 def test_what_it_says_without_a_suggestion():

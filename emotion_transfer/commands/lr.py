@@ -18,7 +18,10 @@ from emotion_toolbox.batches import Batch, EmotionDataset, batch_slices, trainin
 from emotion_toolbox.device import choose_device, seed_everything, set_deterministic
 from emotion_toolbox.errors import DivergedError
 from emotion_toolbox.figures import BLUE, GREEN, RED, new_figure, save_figure
+from emotion_toolbox.measures import Estimate
+from emotion_toolbox.paired import resample_mean
 from emotion_toolbox.report import figure_note, make_run_folder
+from emotion_transfer.commands.ablate import train_once
 from emotion_transfer.commands.train import (
     add_settings,
     choose_settings,
@@ -165,8 +168,52 @@ def describe(name: str, test: RangeTest) -> str:
     return f"{name}: {test.given:.2g} is set, {test.suggested:.2g} suggested"
 
 
-def suggest(settings: dict[str, Any]) -> Path:
-    """Print what both range tests say under these `settings`; returns the picture's file."""
+class Tried(NamedTuple):
+    """A short run at one rate of the backbone."""
+
+    rate: float
+    score: float  # by MONITOR on the validation images; larger is better
+    behind: Estimate  # accuracy of the best run less that of this one
+
+
+def compare_rates(
+    settings: EnhancedConfig, datasets: Mapping[str, EmotionDataset], folder: Path,
+    rates: Sequence[float], epochs: int,
+) -> list[Tried]:  # fmt: skip
+    """Short runs at some values of LR_BACKBONE, the best first; all of the network trains.
+
+    They are made in `folder`, and nothing of them is left there. Raises ``ConfigError`` for a rate
+    or number of epochs that no run can have.
+    """
+    found = []
+    whole: dict[str, Any] = {"WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 0), "EPOCHS": epochs}
+    tried = [dataclasses.replace(settings, LR_BACKBONE=rate, **whole) for rate in rates]
+    for cfg in tried:
+        print(f"--- LR_BACKBONE={cfg.LR_BACKBONE:g}", flush=True)
+        answers = train_once(cfg, datasets, folder, folder / "tried", "val")[cfg.TTA]
+        hits = (answers.predicted == answers.labels).astype(float)
+        found.append((answers.score(cfg.MONITOR), hits, cfg.LR_BACKBONE))
+    found.sort(key=lambda run: run[0], reverse=True)
+    best = found[0][1]
+    return [Tried(rate, score, resample_mean((best - hits)[None])) for score, hits, rate in found]
+
+
+def describe_rates(tried: Sequence[Tried], monitor: str) -> str:
+    """What ``compare_rates`` found, in a line a rate."""
+    lines = [
+        f"LR_BACKBONE={tried[0].rate:g} won with a validation {monitor} of {tried[0].score:.3f}"
+    ]
+    for rate, score, behind in tried[1:]:
+        told = "" if behind.low > 0 else ": chance alone may do that"
+        lines.append(f"  before {rate:g} with {score:.3f}, by {behind:.3f} of accuracy{told}")
+    return "\n".join(lines)
+
+
+def suggest(settings: dict[str, Any], rates: Sequence[float] = (), epochs: int = 2) -> Path:
+    """Print what both range tests say under these `settings`; returns the picture's file.
+
+    With `rates`, short runs at each of them too.
+    """
     cfg, listed = choose_settings(settings)
     run_dir = make_run_folder(cfg, listed)
     print(run_dir, flush=True)
@@ -177,6 +224,8 @@ def suggest(settings: dict[str, Any]) -> Path:
     print("\n".join(describe(name, test) for name, test in found.items()))
     if level == 0:
         print("LR_BACKBONE: the backbone never thaws in this run, so only the head was tested")
+    if rates:
+        print(describe_rates(compare_rates(cfg, datasets, run_dir, rates, epochs), cfg.MONITOR))
     print("To use a suggestion, set it: nothing has been changed.")
     note = figure_note(listed.synthetic, cfg.MODEL_NAME, cfg.DEBUG)
     save_figure(plot_range_tests(found), run_dir / "figures", "range_tests", note=note)
@@ -190,6 +239,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python -m emotion_transfer lr --set DATA_ROOT=data/processed/pictures",
     )
+    parser.add_argument(
+        "--runs", type=float, nargs="+", default=[], metavar="RATE",
+        help="train shortly at each of these LR_BACKBONE too, and compare on validation images",
+    )  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=2, help="of each such run (default: 2)")
     add_settings(parser)
-    print(suggest(settings_of(parser.parse_args(arguments))))
+    args = parser.parse_args(arguments)
+    print(suggest(settings_of(args), args.runs, args.epochs))
     return 0

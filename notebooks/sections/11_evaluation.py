@@ -20,8 +20,14 @@ from emotion_transfer.intervals import evaluate_predictions
 # the cross-entropy without weights and smoothing). The order of the classes stays, and with it the
 # accuracy.
 #
-# Each cell reads *value [low, high]*. The validation figures are a little too good, because the
-# best epoch and the temperature were chosen by them; the test figures are the ones to quote.
+# Each cell reads *value [low, high]*. What is *macro* is a mean over the classes, of F1, precision
+# or recall (the next part says what these are); *weighted* F1 counts each class by its pictures.
+# *Cohen's kappa* is how much of the way from chance to perfect was gone: 0 for answers dealt out
+# blindly, 1 for no mistake. *Top-2* lets a second guess count; *polarity*, where the classes are
+# EmoSet's, asks only for pleasant or unpleasant. *ECE* comes further down.
+#
+# The validation figures are a little too good, because the best epoch and the temperature were
+# chosen by them; the test figures are the ones to quote.
 
 # %%
 from emotion_toolbox.measures import calibrate, fit_temperature
