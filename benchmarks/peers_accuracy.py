@@ -23,6 +23,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -245,6 +246,28 @@ def merge_set(
     }  # fmt: skip
 
 
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The summary of a file of results as a Markdown table: a row an arm of each data set."""
+    lines = ["| set | recipe | seeds | test accuracy | ours is better by, points | seconds a run |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, summary in results["summary"].items():
+        runs = results["sets"][name]["runs"]
+        for arm, e in summary["test_accuracy_of_each"].items():
+            share = f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+            difference = summary.get(f"minus_{arm}")
+            better = (
+                ""
+                if difference is None
+                else "{value:+.1f} [{low:+.1f}, {high:+.1f}]".format(
+                    **{key: 100 * value for key, value in difference.items()}
+                )
+            )
+            seconds = statistics.median(run["seconds"] for run in runs if run["arm"] == arm)
+            row = name, arm, summary["seeds"][arm], share, better, f"{seconds:.0f}"
+            lines.append("| " + " | ".join(str(cell).replace("_", " ") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plain_name(text: str) -> str:
     """A name that can be a part of a file's."""
     if not text or Path(text).name != text:
@@ -300,6 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = merge_set(load_results(args.out), args.name, about, read_records(*asked, args.work))
     save_results(args.out, result)
     print(json.dumps(result["summary"][args.name], indent=1))
+    print(as_markdown(result))
     return 0
 
 

@@ -232,6 +232,19 @@ def test_an_arm_must_answer_to_every_test_image(tiny_root, tmp_path, fake_arms, 
         peers_accuracy.run_arm("ours", tiny_root, 32, 1, 0, tmp_path)
 
 
+def test_the_committed_table_is_that_of_the_committed_runs():
+    root = Path(__file__).parents[1]
+    file = root / "benchmarks" / "results" / "recipe.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    table = peers_accuracy.as_markdown(results)
+    assert table in (root / "docs" / "recipe.md").read_text(encoding="utf-8")
+    for name, found in results["sets"].items():
+        again = peers_accuracy.merge_set(None, name, found, found["runs"])
+        for arm, e in again["summary"][name]["test_accuracy_of_each"].items():
+            kept = results["summary"][name]["test_accuracy_of_each"][arm]
+            assert e["value"] == pytest.approx(kept["value"])
+
+
 @pytest.mark.parametrize("wrong", [["--arms", "ours,keras"], ["--name", "a/b"]])
 def test_a_wrong_argument_is_refused(wrong, capsys):
     with pytest.raises(SystemExit) as stop:

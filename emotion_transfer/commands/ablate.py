@@ -107,18 +107,16 @@ def run_all(
     known, rows = ingredients(cfg), []
     for seed in range(cfg.SEED, cfg.SEED + seeds):
         for name in (WHOLE, *names):
-            change, _ = known.get(name, ({}, True))
-            slug = f"{split}-{name.replace(' ', '-')}-{seed}"
+            change = known[name][0] if name in known else {}
+            trained = name if change.keys() - {"TTA"} else WHOLE  # mirrored, it is the same network
+            slug = f"{split}-{trained.replace(' ', '-')}-{seed}"
             file = folder / f"{slug}.json"
-            if change.keys() == {"TTA"}:  # the recipe's own network, asked in another way
-                file = folder / f"{split}-{WHOLE.replace(' ', '-')}-{seed}.json"
             if not file.exists():
-                print(f"--- seed {seed}: {WHOLE if name == WHOLE else describe(name, known)}")
+                print(f"--- seed {seed}: {describe(name, known) if name in known else name}")
                 varied = dataclasses.replace(cfg, SEED=seed, **change)
                 found = train_once(varied, datasets, folder, folder / slug, split)
-                hits = {str(tta): p.predicted == p.labels for tta, p in found.items()}
-                packed = {tta: pack_hits(right) for tta, right in hits.items()}
-                write_text(file, json.dumps({"images": len(hits["True"]), "hits": packed}))
+                hits = {str(tta): pack_hits(p.predicted == p.labels) for tta, p in found.items()}
+                write_text(file, json.dumps({"images": len(datasets[split]), "hits": hits}))
             kept = json.loads(file.read_text(encoding="utf-8"))
             right = kept["hits"][str(change.get("TTA", cfg.TTA))]
             rows.append({"seed": seed, "variant": name, "hits": unpack_hits(right, kept["images"])})
