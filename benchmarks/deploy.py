@@ -1,0 +1,125 @@
+"""ONNX against PyTorch: ``python -m benchmarks.deploy --model FOLDER --data DIR``.
+
+FOLDER is an export, or a run that has one; DIR the data it was trained on. Both answer to the test
+images of DIR, decoded once. Latency is that of one image, throughput that of batches of 32, on as
+many threads as there are cores; each repeat times all of them in turn, and what is given is the
+median of the ratios within repeats, between their extremes.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import cores, interleave
+from benchmarks.results import describe_machine, describe_versions
+from emotion_toolbox.cache import DecodedPixels
+from emotion_toolbox.device import choose_device
+from emotion_toolbox.export import load_export, predict_squares
+from emotion_toolbox.paired import resample_mean
+from emotion_toolbox.tables import load_splits
+from emotion_transfer.commands.onnx import (
+    INPUT,
+    OUTPUT,
+    Squares,
+    calibration_squares,
+    export_onnx,
+    open_onnx,
+    quantize,
+)
+from emotion_transfer.commands.predict import find_export, network_of
+
+Answer = Callable[[Squares], Any]
+
+
+def seconds_an_image(answer: Answer, squares: Squares, batch: int, at_least: float) -> float:
+    """Seconds an image of `answer`, asked in batches for some seconds."""
+    done, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < at_least or not done:
+        first = done % (len(squares) - batch + 1)
+        answer(squares[first : first + batch])
+        done += batch
+    return taken / done
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median and the extremes."""
+    low, value, high = np.percentile(values, [0, 50, 100])
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def measure(folder: Path, root: Path, repeats: int, at_least: float) -> dict[str, Any]:
+    """The summary, and what it was taken from."""
+    exported = load_export(folder, network_of)
+    test = load_splits(root).splits["test"]
+    pixels = DecodedPixels(test, exported.resize, cores(), exported.fit)
+    squares = pixels[np.arange(len(test))]
+    with tempfile.TemporaryDirectory() as work:
+        full = export_onnx(exported, Path(work) / "full.onnx")
+        small = quantize(full, calibration_squares(exported, root), Path(work) / "int8.onnx")
+        sizes = {"onnx_mb": full.stat().st_size / 1e6, "int8_mb": small.stat().st_size / 1e6}
+        sessions = {"onnx": open_onnx(full), "int8": open_onnx(small)}
+    answers: dict[str, Answer] = {"torch": lambda some: predict_squares(exported, list(some))}
+    for name, session in sessions.items():
+        answers[name] = lambda some, run=session.run: run([OUTPUT], {INPUT: some})[0]
+    parts = [slice(i, i + 32) for i in range(0, len(squares), 32)]
+    found = {n: np.concatenate([ask(squares[p]) for p in parts]) for n, ask in answers.items()}
+    hits = {name: (p.argmax(1) == test.labels).astype(float) for name, p in found.items()}
+    times = {
+        batch: interleave(
+            {n: partial(seconds_an_image, a, squares, batch, at_least) for n, a in answers.items()},
+            repeats, f"batches of {batch}",
+        )
+        for batch in (1, 32)
+    }  # fmt: skip
+
+    def against_torch(name: str, batch: int) -> dict[str, float]:
+        pairs = zip(times[batch][name], times[batch]["torch"], strict=True)
+        return spread([mine / theirs for mine, theirs in pairs])
+
+    difference = np.abs(found["onnx"] - found["torch"]).max(1)
+    worst = float(difference.max())
+    summary = {
+        "onnx_max_probability_difference": {"value": worst, "low": worst, "high": worst},
+        "onnx_latency_vs_torch": against_torch("onnx", 1),
+        "int8_latency_vs_torch": against_torch("int8", 1),
+        "onnx_time_in_batches_vs_torch": against_torch("onnx", 32),
+        "int8_time_in_batches_vs_torch": against_torch("int8", 32),
+        "int8_accuracy_difference": resample_mean((hits["int8"] - hits["torch"])[None]).to_json(),
+    }
+    accuracy = {name: float(right.mean()) for name, right in hits.items()}
+    return {
+        "summary": summary, "accuracy": accuracy, **sizes, "images": len(test), "threads": cores(),
+        "image_size": exported.image_size,
+        "seconds_an_image": {str(batch): found for batch, found in times.items()},
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.deploy", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, help="default: the newest under outputs/")
+    parser.add_argument("--data", type=Path, required=True, help="DATA_ROOT")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one repeat")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/deploy.json"))
+    args = parser.parse_args(arguments)
+    result = measure(find_export(args.model), args.data, args.repeats, args.seconds)
+    result |= {"machine": describe_machine(choose_device("cpu")), "versions": describe_versions()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result["summary"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
