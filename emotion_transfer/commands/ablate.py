@@ -85,11 +85,11 @@ def train_once(
 ) -> dict[bool, Predictions]:  # fmt: skip
     """What a network trained as `cfg` says answers to `split`, without and with mirror images.
 
-    The probe is shared in `folder`; checkpoints are in `scratch`, and gone at the end.
+    The probe is shared in `folder`; the run's own files are in `scratch`, and gone at the end.
     """
     seed_everything(cfg.SEED)
     model = make_model(cfg, datasets, folder)
-    result = fit(cfg, model, datasets, scratch)
+    result = fit(cfg, model, datasets, scratch / "checkpoints")
     views = [dataclasses.replace(cfg, TTA=tta) for tta in (False, True)]
     found = {c.TTA: answer(c, model, datasets[split], result.amp) for c in views}
     shutil.rmtree(scratch)
