@@ -40,7 +40,7 @@ Answer = Callable[[Squares], Any]
 
 def seconds_an_image(answer: Answer, squares: Squares, batch: int, at_least: float) -> float:
     """Seconds an image of `answer`, asked in batches for some seconds."""
-    done, start = 0, time.perf_counter()
+    batch, done, start = min(batch, len(squares)), 0, time.perf_counter()
     while (taken := time.perf_counter() - start) < at_least or not done:
         first = done % (len(squares) - batch + 1)
         answer(squares[first : first + batch])

@@ -72,18 +72,17 @@ def check_values(settings: Any) -> None:
         raise ConfigError("impossible settings:\n  " + "\n  ".join(problems))
 
 
-def check_sizes(settings: Any, train: int, kept: int) -> None:
+def check_fit(batch: int, parts: int, seen: int, train: int | None, kept: int | None) -> None:
     """Raise ``ConfigError`` where a batch does not split, or sides in pixels do not fit.
 
-    `train` is the side of what the network sees in training, `kept` that of what the cache keeps.
+    What the network is to see, sees in training and the cache keeps; None: what follows from that.
     """
-    batch, parts, seen = settings.BATCH_SIZE, settings.ACCUMULATE, settings.IMG_SIZE
     if batch % parts or batch // parts < 2:
         said = f"ACCUMULATE={parts} must split BATCH_SIZE={batch} into equal parts of at least 2"
         raise ConfigError(f"{said} images (the head's BatchNorm needs two)")
-    if train > seen:
+    if train and train > seen:
         raise ConfigError(f"TRAIN_SIZE={train} must not exceed IMG_SIZE={seen}; None is the same")
-    if not seen <= kept <= 1.3 * seen:
+    if kept and not seen <= kept <= 1.3 * seen:
         said = f"CACHE_SIZE={kept} must lie between IMG_SIZE={seen} and 1.3 times that"
         raise ConfigError(f"{said}; None gives {round(seen * 8 / 7)}")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emotion_toolbox.settings import check_sizes, check_values, make_settings, neutral, setting
+from emotion_toolbox.settings import check_fit, check_values, make_settings, neutral, setting
 
 DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
 MODELS = ("resnet50", "efficientnet_b0", "efficientnet_lite0")
@@ -95,7 +95,7 @@ class EnhancedConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        check_sizes(self, train_size(self), cache_size(self))
+        check_fit(self.BATCH_SIZE, self.ACCUMULATE, self.IMG_SIZE, self.TRAIN_SIZE, self.CACHE_SIZE)
 
 
 # %% [markdown]

@@ -140,9 +140,10 @@ def test_a_missing_package_is_named(written, tmp_path, monkeypatch):
 
 def test_other_answers_are_not_written(written, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "predict_squares", lambda exported, squares: 0.5)
+    (tmp_path / "model.onnx").write_bytes(b"an earlier one")
     with pytest.raises(ExportError, match="otherwise than PyTorch"):
         command.export_onnx(written[0], tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "model.onnx").read_bytes() == b"an earlier one"
 
 
 @pytest.mark.parametrize(

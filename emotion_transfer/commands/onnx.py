@@ -91,31 +91,30 @@ def export_onnx(exported: ExportedModel, file: Path) -> Path:
         "fit": exported.fit, "synthetic": str(exported.synthetic).lower(),
     }  # fmt: skip
     onnx.helper.set_model_props(model, about)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda target: target.write(model.SerializeToString()))
+    content = model.SerializeToString()
     noise = np.random.default_rng(0).integers(0, 256, (3, *example.shape[1:]), dtype=np.uint8)
-    worst = float(np.abs(run_onnx(file, noise) - predict_squares(exported, list(noise))).max())
+    worst = float(np.abs(run_onnx(content, noise) - predict_squares(exported, list(noise))).max())
     if not worst <= TOLERANCE:
-        file.unlink()
         raise ExportError(
             f"{file} would answer otherwise than PyTorch, by {worst:.2g}; not written"
         )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda target: target.write(content))
     return file
 
 
-def open_onnx(file: Path, threads: int | None = None) -> Any:
-    """A session of ONNX Runtime for `file`, on the CPU; `threads` of its own, None: a core each."""
+def open_onnx(network: Path | bytes) -> Any:
+    """A session of ONNX Runtime for a file or its content, on the CPU, with a thread a core."""
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
-    if threads:
-        options.intra_op_num_threads = threads
-    return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    source = network if isinstance(network, bytes) else str(network)
+    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(file: Path, squares: Squares) -> npt.NDArray[np.float32]:
+def run_onnx(network: Path | bytes, squares: Squares) -> npt.NDArray[np.float32]:
     """Probabilities [N, C] of decoded pictures, by ONNX Runtime."""
-    return np.asarray(open_onnx(file).run([OUTPUT], {INPUT: np.ascontiguousarray(squares)})[0])
+    return np.asarray(open_onnx(network).run([OUTPUT], {INPUT: np.ascontiguousarray(squares)})[0])
 
 
 def calibration_squares(exported: ExportedModel, root: Path) -> Squares:
@@ -143,12 +142,13 @@ def quantize(file: Path, squares: Squares, target: Path) -> Path:
             return None if batch is None else {INPUT: batch}
 
     with tempfile.TemporaryDirectory() as scratch:
-        ready = Path(scratch) / "ready.onnx"
+        ready, made = (Path(scratch) / name for name in ("ready.onnx", "made.onnx"))
         prepare(str(file), str(ready), skip_symbolic_shape=True)
         tools.quantize_static(
-            str(ready), str(target), Reader(), per_channel=True,
+            str(ready), str(made), Reader(), per_channel=True,
             quant_format=tools.QuantFormat.QDQ, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
         )  # fmt: skip
+        write_atomically(target, lambda file: file.write(made.read_bytes()))
     return target
 
 
