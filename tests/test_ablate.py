@@ -122,6 +122,15 @@ def test_a_run_that_is_done_is_not_repeated(cfg, capsys, monkeypatch):
         run(cfg, *asked)
 
 
+def test_records_of_other_settings_are_made_again(cfg, capsys):
+    named = dataclasses.replace(cfg, RUN_NAME="mine")
+    asked = "--seeds", "1", "--only", "erasing"
+    assert run(named, *asked) == 0
+    capsys.readouterr()
+    assert run(dataclasses.replace(named, LR_HEAD=0.05), *asked) == 0
+    assert capsys.readouterr().out.count("--- seed") == 2
+
+
 def test_the_recipe_is_what_a_run_of_its_own_answers(cfg):
     assert run(cfg, "--seeds", "1", "--only", "erasing", "--split", "test") == 0
     datasets = file_datasets(cfg)

@@ -20,6 +20,7 @@ from emotion_toolbox.files import write_text
 from emotion_toolbox.measures import Estimate, Predictions
 from emotion_toolbox.paired import pack_hits, resample_mean, unpack_hits
 from emotion_toolbox.report import figure_note, make_run_folder, software_versions
+from emotion_toolbox.settings import settings_hash
 from emotion_transfer.commands.train import (
     add_settings,
     answer,
@@ -111,13 +112,15 @@ def run_all(
             trained = name if change.keys() - {"TTA"} else WHOLE  # mirrored, it is the same network
             slug = f"{split}-{trained.replace(' ', '-')}-{seed}"
             file = folder / f"{slug}.json"
-            if not file.exists():
+            varied = dataclasses.replace(cfg, SEED=seed, **change)
+            key = "-".join([settings_hash(varied), *(d.fingerprint() for d in datasets.values())])
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if kept.get("key") != key:  # not there, or of other settings in a folder with a name
                 print(f"--- seed {seed}: {describe(name, known) if name in known else name}")
-                varied = dataclasses.replace(cfg, SEED=seed, **change)
                 found = train_once(varied, datasets, folder, folder / slug, split)
                 hits = {str(tta): pack_hits(p.predicted == p.labels) for tta, p in found.items()}
-                write_text(file, json.dumps({"images": len(datasets[split]), "hits": hits}))
-            kept = json.loads(file.read_text(encoding="utf-8"))
+                kept = {"key": key, "images": len(datasets[split]), "hits": hits}
+                write_text(file, json.dumps(kept))
             right = kept["hits"][str(change.get("TTA", cfg.TTA))]
             rows.append({"seed": seed, "variant": name, "hits": unpack_hits(right, kept["images"])})
     return pd.DataFrame(rows)

@@ -21,6 +21,7 @@ from emotion_toolbox.figures import BLUE, GREEN, RED, new_figure, save_figure
 from emotion_toolbox.measures import Estimate
 from emotion_toolbox.paired import resample_mean
 from emotion_toolbox.report import figure_note, make_run_folder
+from emotion_toolbox.settings import settings_hash
 from emotion_transfer.commands.ablate import train_once
 from emotion_transfer.commands.train import (
     add_settings,
@@ -190,7 +191,8 @@ def compare_rates(
     tried = [dataclasses.replace(settings, LR_BACKBONE=rate, **whole) for rate in rates]
     for cfg in tried:
         print(f"--- LR_BACKBONE={cfg.LR_BACKBONE:g}", flush=True)
-        answers = train_once(cfg, datasets, folder, folder / "tried", "val")[cfg.TTA]
+        scratch = folder / f"tried-{settings_hash(cfg)}"  # a run that was stopped goes on there
+        answers = train_once(cfg, datasets, folder, scratch, "val")[cfg.TTA]
         hits = (answers.predicted == answers.labels).astype(float)
         found.append((answers.score(cfg.MONITOR), hits, cfg.LR_BACKBONE))
     found.sort(key=lambda run: run[0], reverse=True)
