@@ -12,6 +12,11 @@ from emotion_toolbox.paired import Hits, resample_mean, unpack_hits
 Record = Mapping[str, Any]  # one run, as benchmarks.peers_accuracy writes it
 
 
+def is_timed(record: Record) -> bool:
+    """Whether the machine did nothing else meanwhile; records that do not say so are timed."""
+    return bool(record.get("timed", True))
+
+
 def hits_of(records: Mapping[int, Record], seeds: Sequence[int]) -> Hits:
     """Hits [seeds, images] of the runs of one arm."""
     found = [unpack_hits(records[s]["correct"], records[s]["test_images"]) for s in seeds]
@@ -54,7 +59,10 @@ def summarise_arms(runs: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
     }
     others = ("probe", "plain_finetune", "fastai", "timm", "keras_like")
     summary |= {f"minus_{arm}": minus(arm) for arm in others}
-    ours, plain, fastai = (runs.get(arm, {}) for arm in ("ours", "plain_finetune", "fastai"))
+    ours, plain, fastai = (
+        {seed: run for seed, run in runs.get(arm, {}).items() if is_timed(run)}
+        for arm in ("ours", "plain_finetune", "fastai")
+    )
     ratios = [time_to_best(ours[s], plain[s]) for s in sorted(ours.keys() & plain.keys())]
     middle = statistics.median(ratios) if ratios else math.inf
     summary["time_to_plain_best"] = middle if math.isfinite(middle) else None

@@ -8,8 +8,9 @@ epochs, and does the rest by its own defaults (see ``benchmarks/recipes.py``); o
 looks at the test images once, at its end.
 
 ``seconds`` runs from the files on the disk to the answers for the test images: decoding and, for
-ours, filling the cache are in it, imports are not. Each run has a process of its own. Its record
-lies in ``--work`` as soon as it is done, and a run whose record is there, or in the results, is not
+ours, filling the cache are in it, imports are not. Runs made with ``--untimed``, while the machine
+does other things too, count for accuracy only. Each run has a process of its own. Its record lies
+in ``--work`` as soon as it is done, and a run whose record is there, or in the results, is not
 repeated; to repeat all, name other ones.
 
 fastai is an extra: ``pip install -e ".[peers]"``; without what it needs for text only,
@@ -35,7 +36,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.paired import Record, summarise_arms
+from benchmarks.paired import Record, is_timed, summarise_arms
 from benchmarks.recipes import (
     Answer,
     Task,
@@ -201,7 +202,7 @@ def record_file(arm: str, name: str, size: int, epochs: int, seed: int, work: Pa
 
 def record_run(
     arm: str, name: str, root: Path, size: int, epochs: int, seed: int, work: Path,
-    start: Callable[..., Any] = in_own_process,
+    timed: bool = True, start: Callable[..., Any] = in_own_process,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of a run from `work`, made first where it is not there or of other images."""
     file = record_file(arm, name, size, epochs, seed, work)
@@ -210,7 +211,7 @@ def record_run(
     if kept is not None and kept["data"] == data:
         return kept
     made: dict[str, Any] = start(run_arm, arm, root, size, epochs, seed, work)
-    made["data"] = data
+    made |= {"data": data, "timed": timed}
     write_text(file, json.dumps(made, indent=1) + "\n")
     return made
 
@@ -262,8 +263,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
                     **{key: 100 * value for key, value in difference.items()}
                 )
             )
-            seconds = statistics.median(run["seconds"] for run in runs if run["arm"] == arm)
-            row = name, arm, summary["seeds"][arm], share, better, f"{seconds:.0f}"
+            timed = [run["seconds"] for run in runs if run["arm"] == arm and is_timed(run)]
+            seconds = f"{statistics.median(timed):.0f}" if timed else ""
+            row = name, arm, summary["seeds"][arm], share, better, seconds
             lines.append("| " + " | ".join(str(cell).replace("_", " ") for cell in row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -296,6 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=128, help="side of the images in pixels")
     add("--arms", type=known_arms, default=list(ARMS), help="some of " + ",".join(ARMS))
     add("--out", type=Path, default=Path("benchmarks/results/recipe.json"))
+    add("--untimed", action="store_true", help="the machine does other things, too")
     add("--work", type=Path, required=True, help="where the record of each run is kept")
     return parser
 
@@ -311,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = args.name, args.data, args.size, args.epochs
     for seed in range(args.seeds):
         for arm in (arm for arm in args.arms if arm not in skipped):
-            run = record_run(arm, *asked, seed, args.work)
+            run = record_run(arm, *asked, seed, args.work, not args.untimed)
             accuracy, seconds = run["test_accuracy"], run["seconds"]
             print(f"{arm} {seed}: accuracy {accuracy:.3f}, {seconds:.0f} s", flush=True)
     about = {

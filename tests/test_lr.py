@@ -18,10 +18,13 @@ from small_run import (
 )
 
 from emotion_toolbox.errors import DataError, DivergedError
+from emotion_toolbox.report import make_run_folder
 from emotion_transfer import __main__ as program
 from emotion_transfer.commands import lr as command
 from emotion_transfer.commands.lr import ENGINE, find_rates, range_test, suggest_rate
-from emotion_transfer.commands.train import answer, make_model
+from emotion_transfer.commands.settings import parse_setting
+from emotion_transfer.commands.train import answer, choose_settings, make_model
+from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
 from emotion_transfer.model import build_model
 
@@ -352,6 +355,26 @@ def test_the_command_compares_rates_and_refuses_impossible_ones(cfg, capsys):
     assert "won with a validation macro_f1 of" in said and "nothing has been changed" in said
     assert program.main([*asked[:3], "--runs", "99", *asked[6:]]) == 1
     assert "LR_BACKBONE=99.0 must be a number from 0" in capsys.readouterr().err
+
+
+def test_auto_trains_at_the_rate_that_short_runs_preferred(cfg, capsys, monkeypatch):
+    monkeypatch.setattr(command, "AUTO_RATES", (0.0, 0.02))
+    asked = [text for text in as_arguments(cfg) if not text.startswith("LR_BACKBONE")]
+    settings = dict(parse_setting(EnhancedConfig, text) for text in asked)
+    chosen, listed = choose_settings({**settings, "LR_BACKBONE": "auto"})
+    said = capsys.readouterr().out
+    assert f"LR_BACKBONE={chosen.LR_BACKBONE:g} won with a validation" in said
+    usual = choose_settings(settings)[0]
+    assert chosen == dataclasses.replace(usual, LR_BACKBONE=chosen.LR_BACKBONE)
+    folder = make_run_folder(usual, listed)
+    tried = command.compare_rates(usual, file_datasets(usual), folder, (0.0, 0.02), 2)
+    assert tried[0].rate == chosen.LR_BACKBONE
+
+    monkeypatch.setattr(command, "compare_rates", None)  # taken up again, nothing is tried again
+    assert choose_settings({**settings, "LR_BACKBONE": "auto"})[0] == chosen
+    assert "kept in" in capsys.readouterr().out
+    assert program.main(["train", "--set", *asked, "LR_BACKBONE=automatic"]) == 1
+    assert "LR_BACKBONE='automatic' must be a number" in capsys.readouterr().err
 
 
 def test_what_it_says_of_rates_that_are_alike_and_that_are_not():

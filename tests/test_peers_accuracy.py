@@ -123,6 +123,17 @@ def test_wall_time_is_the_ratio_of_medians_and_null_without_fastai():
     assert alone["wall_vs_fastai"] is alone["minus_fastai"] is alone["time_to_plain_best"] is None
 
 
+def test_runs_beside_other_work_are_not_timed():
+    slow = {"timed": False, "seconds": 1000.0, "curve": [(900.0, 0.9)]}
+    ours = {0: record([True], 10), 1: record([False], 10) | slow}
+    others = {0: record([True], 40), 1: record([True], 40) | slow}
+    found = summarise_arms({"ours": ours, "fastai": others, "plain_finetune": others})
+    assert found["wall_vs_fastai"] == 0.25
+    assert found["time_to_plain_best"] == 1
+    assert found["minus_fastai"]["value"] == -0.5
+    assert found["seeds"]["ours"] == 2
+
+
 def test_other_data_sets_stay_in_the_file():
     about = {"machine": {"cpu": "some"}, "versions": {"torch": "2"}}
     first = peers_accuracy.merge_set(None, "one", about, [record([True])])
@@ -158,7 +169,7 @@ def fake_arms(monkeypatch):
     monkeypatch.setattr(peers_accuracy, "ARMS", dict.fromkeys(peers_accuracy.ARMS, answer))
     monkeypatch.setattr(peers_accuracy, "in_own_process", lambda function, *args: function(*args))
     monkeypatch.setattr(
-        peers_accuracy.record_run, "__defaults__", (lambda function, *args: function(*args),)
+        peers_accuracy.record_run, "__defaults__", (True, lambda function, *args: function(*args))
     )
 
 
@@ -195,6 +206,12 @@ def test_runs_in_the_results_are_not_repeated_on_another_machine(
         file.unlink()
     monkeypatch.setattr(peers_accuracy, "run_arm", None)
     assert command(tiny_root, work, "--arms", "ours,probe") == first
+
+
+def test_untimed_runs_say_so_and_show_no_seconds(tiny_root, tmp_path, fake_arms):
+    found = command(tiny_root, tmp_path / "work", "--arms", "ours", "--untimed")
+    assert [run["timed"] for run in found["sets"]["tiny"]["runs"]] == [False, False]
+    assert peers_accuracy.as_markdown(found).splitlines()[-1].endswith("|  |  |")
 
 
 def test_a_part_of_the_arms_keeps_the_records_of_the_others(tiny_root, tmp_path, fake_arms):

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from emotion_toolbox.batches import Batch, EmotionDataset, batch_slices, trainin
 from emotion_toolbox.device import choose_device, seed_everything, set_deterministic
 from emotion_toolbox.errors import DivergedError
 from emotion_toolbox.figures import BLUE, GREEN, RED, new_figure, save_figure
+from emotion_toolbox.files import write_text
 from emotion_toolbox.measures import Estimate
 from emotion_toolbox.paired import resample_mean
 from emotion_toolbox.report import figure_note, make_run_folder
@@ -37,6 +39,7 @@ from emotion_transfer.model import EmotionClassifier, thaw_level
 ENGINE = Trainer, begin_epoch, train_step
 Step = Callable[[int, float], float]  # number and rate of a step: the loss before it
 FEWEST = 10  # steps behind a suggestion
+AUTO_RATES, AUTO_EPOCHS = (3e-5, 1e-4, 3e-4), 2  # tried for LR_BACKBONE="auto"
 
 
 class RangeTest(NamedTuple):
@@ -209,6 +212,24 @@ def describe_rates(tried: Sequence[Tried], monitor: str) -> str:
         told = "" if behind.low > 0 else ": chance alone may do that"
         lines.append(f"  before {rate:g} with {score:.3f}, by {behind:.3f} of accuracy{told}")
     return "\n".join(lines)
+
+
+def choose_rate(settings: Mapping[str, Any]) -> float:
+    """The LR_BACKBONE that short runs under the other `settings` prefer; says by how much.
+
+    It is kept in a run's folder, so that a run that is taken up again gets the same one.
+    """
+    cfg, listed = choose_settings({n: v for n, v in settings.items() if n != "LR_BACKBONE"})
+    folder = make_run_folder(dataclasses.replace(cfg, RUN_NAME="auto"), listed)
+    file = folder / "rates.json"
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        tried = compare_rates(cfg, open_data(cfg, listed)[1], folder, AUTO_RATES, AUTO_EPOCHS)
+        found = {"LR_BACKBONE": tried[0].rate, "why": describe_rates(tried, cfg.MONITOR)}
+        write_text(file, json.dumps(found, indent=1) + "\n")
+    print(f"{found['why']}\n(kept in {file})", flush=True)
+    return float(found["LR_BACKBONE"])
 
 
 def suggest(settings: dict[str, Any], rates: Sequence[float] = (), epochs: int = 2) -> Path:

@@ -45,7 +45,14 @@ def open_data(
 
 
 def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionData]:
-    """The whole configuration of a run, and the data on which a part of it depends."""
+    """The whole configuration of a run, and the data on which a part of it depends.
+
+    ``LR_BACKBONE="auto"`` becomes what short runs prefer.
+    """
+    if settings.get("LR_BACKBONE") == "auto":
+        from emotion_transfer.commands.lr import choose_rate  # which trains as this module does
+
+        settings = {**settings, "LR_BACKBONE": choose_rate(settings)}
     cfg = make_config(settings)
     choose_device(cfg.DEVICE)  # one that is not there should not cost a pass over the images
     listed = load_data(cfg.DATASET, cfg.DATA_ROOT, cfg.IMAGES_ROOT)
