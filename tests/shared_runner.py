@@ -56,7 +56,7 @@ def main(spec: dict) -> int:
     given = {*GIVEN.split(), *spec["settings"]}
     try:
         train({name: getattr(cfg, name) for name in given})
-    except NAMED_ERRORS as error:
+    except (*NAMED_ERRORS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:

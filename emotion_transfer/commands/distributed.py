@@ -11,6 +11,8 @@ import math
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -73,7 +75,9 @@ def joined(device: str) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(kinds, timeout=PATIENCE)
+        store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(new_name(store, number, size), store)
+        dist.init_process_group(kinds, store=store, rank=number, world_size=size, timeout=PATIENCE)
         stack.callback(dist.destroy_process_group)
         try:
             take_device(device)
@@ -88,6 +92,29 @@ def joined(device: str) -> Iterator[None]:
                 "another process has ended, see there; the same command goes on from the last "
                 "checkpoint"
             ) from error
+
+
+def new_name(store: dist.Store, number: int, size: int) -> str:
+    """A name on which these `size` processes agree, and none that torchrun has ended knew.
+
+    Its store outlives a restart, and with it the addresses of processes that are no more. Counting
+    restarts will not do: each machine counts its own.
+    """
+    own = uuid.uuid4().hex
+    if number:
+        store.set(f"hello/{number}", own)
+        name = str(store.get(f"name/{own}").decode())  # waits for it
+        store.set(f"met/{name}/{number}", "")
+        return name
+    waiting = set(range(1, size))
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"hello/{other}"]):  # maybe that of one that is no more
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", own)
+                if store.check([f"met/{own}/{other}"]):
+                    waiting.remove(other)
+        time.sleep(0.02)
+    return own
 
 
 def take_device(wanted: str) -> None:
