@@ -25,6 +25,13 @@ from emotion_toolbox.report import (
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
+from emotion_transfer.commands.distributed import (
+    check_share,
+    engine_parts,
+    in_turn,
+    joined,
+    rank,
+)
 from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config, profile_for
 from emotion_transfer.engine import Augment, fit
@@ -59,6 +66,7 @@ def choose_settings(settings: dict[str, Any]) -> tuple[EnhancedConfig, EmotionDa
     images = len(listed.splits["train"])
     profile = profile_for(images, cfg.IMG_SIZE, synthetic=listed.synthetic)
     cfg = make_config(settings, profile)
+    check_share(cfg.BATCH_SIZE, cfg.ACCUMULATE)
     network, weights = choose_backbone(cfg.MODEL_NAME, cfg.WEIGHTS, synthetic=listed.synthetic)
     return dataclasses.replace(cfg, MODEL_NAME=network, WEIGHTS=weights), listed
 
@@ -81,8 +89,8 @@ def train_model(
 ) -> tuple[EmotionClassifier, FitResult]:  # fmt: skip
     """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
-    model = make_model(cfg, datasets, run_dir)
-    return model, fit(cfg, model, datasets, run_dir / "checkpoints", augment)
+    model = in_turn(partial(make_model, cfg, datasets, run_dir))
+    return model, fit(cfg, model, datasets, run_dir / "checkpoints", augment, *engine_parts())
 
 
 def answer(
@@ -95,12 +103,15 @@ def answer(
 
 def train(settings: dict[str, Any]) -> Path:
     """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
-    cfg, listed = choose_settings(settings)
-    run_dir = make_run_folder(cfg, listed)
-    print(run_dir, flush=True)
-    decoded, datasets = open_data(cfg, listed)
-    data, classes = decoded.data, decoded.data.classes
-    model, result = train_model(cfg, datasets, run_dir)
+    with joined(settings.get("DEVICE", "auto")):
+        cfg, listed = in_turn(partial(choose_settings, settings))
+        run_dir = make_run_folder(cfg, listed)
+        print(run_dir, flush=True)
+        decoded, datasets = in_turn(partial(open_data, cfg, listed))
+        data, classes = decoded.data, decoded.data.classes
+        model, result = train_model(cfg, datasets, run_dir)
+        if rank():
+            return run_dir  # the first process does the rest alone
     found = {split: answer(cfg, model, datasets[split], result.amp) for split in ("val", "test")}
     temperature = fit_temperature(found["val"].labels, found["val"].probabilities)
     calibrated = {split: calibrate(p, temperature) for split, p in found.items()}
