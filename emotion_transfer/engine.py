@@ -60,7 +60,7 @@ class Trainer(Resumable):
         self.optimizer = make_optimizer(cfg, model)
         self.scaler = make_scaler(self.device, self.amp)
         self.average = copy.deepcopy(model).requires_grad_(False) if cfg.EMA_DECAY else None
-        self.meter = Meter(self.device)
+        self.meter, self.backward = Meter(self.device), backward
         self.guard, self.augment = StatisticsGuard([]), augment or augment_batch
         self.network, self.jitter = model, jitter_colours  # or their compiled forms
         self.predict = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=self.amp)
@@ -128,7 +128,7 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     set_learning_rates(cfg, optimizer, epoch, step, steps)
     images, targets = trainer.augment(trainer, batch, epoch, step)
     optimizer.zero_grad(set_to_none=True)
-    loss, right = backward(trainer, images, targets)
+    loss, right = trainer.backward(trainer, images, targets)
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     finite = torch.isfinite(nn.utils.get_total_norm(gradients))
@@ -256,7 +256,7 @@ def run_epoch(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper:
 
 def fit(
     cfg: EnhancedConfig, model: EmotionClassifier, datasets: Mapping[str, EmotionDataset],
-    folder: Path, augment: Augment | None = None,
+    folder: Path, augment: Augment | None = None, make_trainer: Callable[..., Trainer] = Trainer,
 ) -> FitResult:  # fmt: skip
     """Train `model`, or go on with the run in `folder`, and leave the best weights in `model`.
 
@@ -268,7 +268,7 @@ def fit(
     keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS)
     with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, train_size(cfg)):
         saved = keeper.begin(cfg, model, datasets)
-        trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
+        trainer = make_trainer(cfg, model, datasets["train"], (saved or {}).get("amp"), augment)
         progress = keeper.resume(trainer, saved)
         if not progress.history:
             start = validate_epoch(trainer, datasets["val"], progress, keeper)
