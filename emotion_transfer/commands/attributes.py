@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def answers_of_export(folder: Path, root: Path, name: str) -> Answers:
     found = answers(exported, paths)
     for i, (path, p) in enumerate(tqdm(found, "predicting", len(paths), unit="image", leave=False)):
         if isinstance(p, ImageError):
-            tqdm.write(f"left out: {path}: {p}")
+            tqdm.write(f"left out: {path}: {p}", file=sys.stderr)
         else:
             good.append(i)
             predicted.append(number[int(p.argmax())])
