@@ -301,7 +301,6 @@ def test_a_known_attribute_is_learnt_better_than_chance(tmp_path, capsys):
     train_model(cfg, datasets, tmp_path / "run")
     said = capsys.readouterr().out
     cost = float(said.rpartition("brightness ")[2])
-    print("COST", cost)
     assert "(1: nothing learnt)" in said and cost < 0.6
 
     saved = final(tmp_path / "run")
