@@ -377,6 +377,12 @@ def test_the_command_names_what_is_wrong(cfg, tmp_path, capsys, more, said):
     assert not (tmp_path / "outputs").exists()
 
 
+def test_several_processes_are_refused(cfg, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(cfg, "--attributes", "shade") == 1
+    assert "--attributes is for a single process" in capsys.readouterr().err
+
+
 def test_heads_are_an_ingredient(cfg, tmp_path, capsys):
     cfg = dataclasses.replace(cfg, EPOCHS=1, THAW_EPOCHS=(0, 0), START="random")
     asked = ("ablate", "--seeds", "2", "--only", "attribute heads")

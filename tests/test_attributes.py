@@ -381,6 +381,10 @@ def damage_summary(run, root):
     (run / "summary.json").write_text("{")
 
 
+def damage_settings(run, root):
+    (run / "config.json").write_text("{}")
+
+
 def damage_images(run, root):
     text = (run / "predictions_test.csv").read_text()
     (run / "predictions_test.csv").write_text(text.replace("calm_009", "calm_909"))
@@ -397,6 +401,7 @@ def damage_labels(run, root):
         (damage_missing, "predictions_test.csv is missing: the run is not done"),
         (damage_columns, "predictions_test.csv cannot be read"),
         (damage_summary, "summary.json cannot be read"),
+        (damage_settings, "config.json cannot be read ('FIT')"),
         (damage_images, "has 1 images that are not in"),
         (damage_labels, "test.csv row 2 (test/calm_000.jpg) has another label"),
     ],

@@ -11,6 +11,7 @@ zero the value is missing and costs nothing.
 
 import argparse
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,12 @@ def add_attributes(
 ) -> EnhancedConfig:
     """`cfg` with heads for the attributes `names`; itself where there are none.
 
-    Raises ``DataError`` for a column that there is not.
+    Raises ``DataError`` for a column that there is not, ``ConfigError`` under ``torchrun``.
     """
     if not names:
         return cfg
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--attributes is for a single process; start it without torchrun")
     text = choose_columns(listed.splits["train"], names).to_csv()
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
     chosen = tuple(dict.fromkeys(names))
@@ -269,7 +272,8 @@ def judge_heads(
 ) -> dict[str, float]:  # fmt: skip
     """What each head costs on `data`, as a share of what knowing the frequencies costs.
 
-    1: it has learnt nothing; of a number, 1 less the coefficient of determination.
+    1: it has learnt nothing; of a number, 1 less the coefficient of determination; NaN: no image
+    there has a value that a head knows.
     """
     device, outputs = next(model.parameters()).device, []
     with eval_mode(model):
@@ -303,7 +307,7 @@ def fit_model(
     make_trainer = partial(AttributeTrainer, targets=targets, statistics=statistics)
     result = fit(cfg, whole, datasets, folder, augment, make_trainer)
     costs = judge_heads(whole, targets, seen["val"], datasets["val"], cfg.IMG_SIZE, cfg.BATCH_SIZE)
-    shown = ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
+    shown = ", ".join(f"{n} {'unknown there' if c != c else f'{c:.2f}'}" for n, c in costs.items())
     print(f"attribute heads on validation images (1: nothing learnt): {shown}", flush=True)
     return result
 

@@ -71,11 +71,12 @@ def newest_run() -> Path:
     return newest.parent
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A file of a run; raises ``DataError`` if it is not there or damaged."""
+def read_json(file: Path, *names: str) -> list[Any]:
+    """Some values of a file of a run; raises ``DataError`` if it is not there or damaged."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [content[name] for name in names]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{file} cannot be read ({error}); --run takes the folder of a run that is done"
         ) from error
@@ -105,19 +106,17 @@ def answers_of_run(run: Path, root: Path | None) -> Answers:
     """
     file = run / PREDICTIONS
     said = read_predictions(file)
-    cfg, summary = (read_json(run / name) for name in ("config.json", "summary.json"))
-    asked = ("files", str(root), None) if root else (
-        cfg["DATASET"], cfg["DATA_ROOT"], cfg["IMAGES_ROOT"],
-    )  # fmt: skip
-    data = load_data(*asked)
+    fit, *place = read_json(run / "config.json", "FIT", "DATASET", "DATA_ROOT", "IMAGES_ROOT")
+    facts = read_json(run / "summary.json", "synthetic", "model", "debug")
+    data = load_data("files", str(root)) if root else load_data(*place)
     split, classes = data.splits["test"], pd.Index(data.classes)
-    place = pd.Index(split.files).get_indexer(pd.Index(said["path"]))
-    if (other := place < 0).any():
+    rows = pd.Index(split.files).get_indexer(pd.Index(said["path"]))
+    if (other := rows < 0).any():
         raise DataError(
             f"{file} has {other.sum()} images that are not in {split.csv}, first "
             f"{said['path'][other].iloc[0]}; give the folder of the run's own data: --data"
         )
-    split, predicted = split.select(place), classes.get_indexer(pd.Index(said["predicted"]))
+    split, predicted = split.select(rows), classes.get_indexer(pd.Index(said["predicted"]))
     same = (classes.get_indexer(pd.Index(said["label"])) == split.labels) & (predicted >= 0)
     if not same.all():
         i = int(same.argmin())
@@ -125,8 +124,8 @@ def answers_of_run(run: Path, root: Path | None) -> Answers:
             f"{split.where(i)} has another label, or other classes, than in {file}: "
             f"{said['label'][i]!r}, answered {said['predicted'][i]!r}; train anew on these data"
         )
-    note = figure_note(summary["synthetic"], summary["model"], summary["debug"])
-    return Answers(split, predicted.astype(np.int64), data.classes, cfg["FIT"], data.name, note)
+    predicted = predicted.astype(np.int64)
+    return Answers(split, predicted, data.classes, fit, data.name, figure_note(*facts))
 
 
 def answers_of_export(folder: Path, root: Path, name: str) -> Answers:
@@ -186,7 +185,7 @@ class Column:
     def verdict(self) -> str:
         """What the tests say, in a line."""
         if math.isnan(self.p):
-            return "nothing to compare"
+            return f"nothing to compare ({FEW} images make a value)"
         differs = "differs" if self.p < LEVEL else "no evidence of a difference"
         inside = "" if math.isnan(self.p_within) else f"; within classes {written(self.p_within)}"
         return f"{differs}, {written(self.p)}{inside}"
@@ -197,12 +196,10 @@ def written(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def compare_groups(
-    said: Answers, attributes: Mapping[str, Attribute], few: int = FEW
-) -> list[Column]:
-    """The accuracy by value of each attribute; values with fewer than `few` images are pooled."""
+def compare_groups(said: Answers, attributes: Mapping[str, Attribute]) -> list[Column]:
+    """The accuracy by value of each attribute, and whether it differs."""
     labels, hits = said.split.labels, said.split.labels == said.predicted
-    groups = {name: group_images(one, few) for name, one in attributes.items()}
+    groups = {name: group_images(one) for name, one in attributes.items()}
     p, within = (
         holm(permutation_test(hits, list(groups.values()), strata))
         for strata in (np.zeros_like(labels), labels)
@@ -294,7 +291,8 @@ def report(said: Answers, names: Sequence[str], folder: Path) -> Path:
     }  # fmt: skip
     write_text(folder / "attributes.csv", csv_text(table))
     write_text(folder / "attributes.json", json.dumps(found, indent=1) + "\n")
-    save_figure(plot_columns(columns, overall), folder, "attributes", note=said.note)
+    drawn = [column for column in columns if len(column.rows) > 1] or columns
+    save_figure(plot_columns(drawn, overall), folder, "attributes", note=said.note)
     mark = f", {said.note}" if said.note else ""
     print(f"{said.dataset}, {said.split.name}{mark}: {overall:.3f} of {len(said.split):,} images")
     print(*map(printed, columns), sep="\n\n")
