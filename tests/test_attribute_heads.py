@@ -117,7 +117,7 @@ def test_the_gradient_is_the_closed_form(targets):
         things.scale * (o[:, 2:4].sigmoid() * seen - has),
         warmth.scale * 2 * (o[:, 4:] * known - z[:, :1]),
     ]
-    torch.testing.assert_close(found, torch.cat(parts, 1) / (20 * 3), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, torch.cat(parts, 1) / (20 * 3), rtol=1e-10, atol=1e-12)
 
 
 def test_mixed_statistics_cost_what_the_two_do(targets):

@@ -154,10 +154,8 @@ class Several(Category):
     def learn(self, attribute: Attribute) -> None:
         super().learn(attribute)
         known = sum(map(bool, attribute.cells))
-        shares = (self.bias.exp() + 1) / (
-            known + 2
-        )  # of a value that all have, the logit is finite
-        self.bias = shares.logit()
+        # smoothed, for a value that all images have: its logit is finite
+        self.bias = ((self.bias.exp() + 1) / (known + 2)).logit()
 
     def statistics(self, attribute: Attribute) -> Tensor:
         known = torch.tensor([bool(cell) for cell in attribute.cells])
@@ -179,7 +177,7 @@ def attribute_loss(targets: Sequence[Target], outputs: Tensor, statistics: Tenso
 
     `outputs` [B, A] and `statistics` [B, S] of all `targets` stand side by side.
     """
-    parts = torch.split(outputs.float(), [len(one.bias) for one in targets], 1)
+    parts = torch.split(outputs.to(statistics.dtype), [len(one.bias) for one in targets], 1)
     rows = torch.split(statistics, [one.width for one in targets], 1)
     each = zip(targets, parts, rows, strict=True)
     return torch.stack([one.scale * one.cost(part, row).mean() for one, part, row in each]).mean()
