@@ -153,7 +153,7 @@ def settings_hash(settings: Any) -> str:
 
 
 def changed_settings(settings: Any, saved: Mapping[str, Any]) -> list[str]:
-    """A line for each shaping setting whose `saved` value was another."""
+    """A line for each shaping setting whose `saved` value was another, or that is gone."""
     before = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    now = shaping_values(settings).items()
+    now = {**dict.fromkeys(before.keys() - vars(settings)), **shaping_values(settings)}.items()
     return [f"  {n}: {before.get(n)!r} before, {v!r} now" for n, v in now if before.get(n) != v]

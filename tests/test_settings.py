@@ -211,6 +211,9 @@ def test_changes_are_listed_where_they_shape_the_result() -> None:
         "  CUPS: 3 before, None now",
         "  WATER: (60.0, 80.0) before, (70.0, 80.0) now",
     ]
+    assert changed_settings(Tea(CUPS=3, WATER=(60.0, 80.0)), {**saved, "SPOON": 1}) == [
+        "  SPOON: 1 before, None now"
+    ]
     assert changed_settings(Tea(), {}) == [
         "  LEAF: None before, 'green' now", "  MINUTES: None before, 3.0 now",
         "  WATER: None before, (70.0, 80.0) now", "  ADDED: None before, () now",

@@ -21,6 +21,13 @@ from emotion_toolbox.measures import Estimate, Predictions
 from emotion_toolbox.paired import pack_hits, resample_mean, unpack_hits
 from emotion_toolbox.report import figure_note, make_run_folder, software_versions
 from emotion_toolbox.settings import settings_hash
+from emotion_transfer.commands.attribute_heads import (
+    WEIGHT,
+    add_attribute_options,
+    add_attributes,
+    attributes_of,
+    fit_model,
+)
 from emotion_transfer.commands.train import (
     add_settings,
     answer,
@@ -30,7 +37,6 @@ from emotion_transfer.commands.train import (
     settings_of,
 )
 from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.engine import fit
 from emotion_transfer.schedule import cycle_bounds
 
 Change = dict[str, Any]
@@ -77,6 +83,8 @@ def ingredients(cfg: EnhancedConfig) -> dict[str, tuple[Change, bool]]:
         pairs["two learning rates"] = {"LR_HEAD": cfg.LR_BACKBONE}, default("LR_HEAD")
     if len(cycle_bounds(dataclasses.replace(cfg, RESTARTS=True))) > 1:
         pairs["restarts"] = {"RESTARTS": False}, {"RESTARTS": True}
+    if attributes := getattr(cfg, "ATTRIBUTES", ()):
+        pairs["attribute heads"] = {"ATTRIBUTES": ()}, {"ATTRIBUTES": attributes}
     return {name: opposite(cfg, *pair) for name, pair in pairs.items()}
 
 
@@ -90,7 +98,7 @@ def train_once(
     """
     seed_everything(cfg.SEED)
     model = make_model(cfg, datasets, folder)
-    result = fit(cfg, model, datasets, scratch / "checkpoints")
+    result = fit_model(cfg, model, datasets, scratch / "checkpoints")
     views = [dataclasses.replace(cfg, TTA=tta) for tta in (False, True)]
     found = {c.TTA: answer(c, model, datasets[split], result.amp) for c in views}
     shutil.rmtree(scratch)
@@ -169,9 +177,13 @@ def worth_table(
     })  # fmt: skip
 
 
-def ablate(settings: Change, seeds: int, only: Sequence[str], split: str) -> Path:
+def ablate(
+    settings: Change, seeds: int, only: Sequence[str], split: str, attributes: Sequence[str] = (),
+    weight: float = WEIGHT,
+) -> Path:  # fmt: skip
     """Run what is not there yet, print the table, and return the folder that has it all."""
     cfg, listed = choose_settings(settings)
+    cfg = add_attributes(cfg, attributes, weight, listed)
     known = ingredients(cfg)
     if unknown := [name for name in only if name not in known]:
         raise ConfigError(f"no ingredient {unknown[0]!r} here; there are {', '.join(known)}")
@@ -213,8 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="images to judge by; what was chosen by the test images cannot be tested any more",
     )  # fmt: skip
     add_settings(parser)
+    add_attribute_options(parser)
     args = parser.parse_args(arguments)
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: give 1 or more")
-    print(ablate(settings_of(args), args.seeds, args.only, args.split))
+    print(ablate(settings_of(args), args.seeds, args.only, args.split, *attributes_of(args)))
     return 0

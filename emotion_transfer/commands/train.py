@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ from emotion_toolbox.report import (
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import EmotionData
 from emotion_transfer.baselines import run_baseline
+from emotion_transfer.commands.attribute_heads import (
+    WEIGHT,
+    add_attribute_options,
+    add_attributes,
+    attributes_of,
+    fit_model,
+)
 from emotion_transfer.commands.distributed import (
     check_share,
     engine_parts,
@@ -34,7 +41,7 @@ from emotion_transfer.commands.distributed import (
 )
 from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config, profile_for
-from emotion_transfer.engine import Augment, fit
+from emotion_transfer.engine import Augment
 from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import EmotionClassifier, build_model, find_probe
@@ -90,7 +97,8 @@ def train_model(
     """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
     model = in_turn(partial(make_model, cfg, datasets, run_dir))
-    return model, fit(cfg, model, datasets, run_dir / "checkpoints", augment, *engine_parts())
+    folder, parts = run_dir / "checkpoints", engine_parts()
+    return model, fit_model(cfg, model, datasets, folder, augment, parts)
 
 
 def answer(
@@ -101,15 +109,19 @@ def answer(
     return predict(model, data, size=size, batch_size=cfg.BATCH_SIZE, amp=amp, tta=tta)
 
 
-def train(settings: dict[str, Any]) -> Path:
-    """Train, evaluate, compare and export as `settings` say; returns the run's folder."""
+def train(settings: dict[str, Any], attributes: Sequence[str] = (), weight: float = WEIGHT) -> Path:
+    """Train, evaluate, compare and export as `settings` say; returns the run's folder.
+
+    With heads for `attributes`, whose loss has this `weight`; only training knows of them.
+    """
     with joined(settings.get("DEVICE", "auto")):
         cfg, listed = in_turn(partial(choose_settings, settings))
-        run_dir = make_run_folder(cfg, listed)
+        whole = in_turn(partial(add_attributes, cfg, attributes, weight, listed))
+        run_dir = make_run_folder(whole, listed)
         print(run_dir, flush=True)
         decoded, datasets = in_turn(partial(open_data, cfg, listed))
         data, classes = decoded.data, decoded.data.classes
-        model, result = train_model(cfg, datasets, run_dir)
+        model, result = train_model(whole, datasets, run_dir)
         if rank():
             return run_dir  # the first process does the rest alone
     found = {split: answer(cfg, model, datasets[split], result.amp) for split in ("val", "test")}
@@ -162,5 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         "EPOCHS=20. The same settings resume the same run.",
     )
     add_settings(parser)
-    train(settings_of(parser.parse_args(arguments)))
+    add_attribute_options(parser)
+    args = parser.parse_args(arguments)
+    train(settings_of(args), *attributes_of(args))
     return 0
