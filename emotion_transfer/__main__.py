@@ -9,6 +9,8 @@ COMMANDS = {
     "train": "train, evaluate, compare and export, without the notebook",
     "prepare": "write the lists of images that the notebook reads, from folders, EmoSet or tables",
     "predict": "say which emotion pictures evoke",
+    "ensemble": "compare several models, and views of a picture, with their mean",
+    "threshold": "choose the probability below which a model is not sure",
     "onnx": "write a model as one ONNX file that does all but the decoding",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",

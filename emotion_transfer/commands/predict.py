@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +22,28 @@ from torch import nn
 from tqdm import tqdm
 
 from emotion_toolbox.cache import work_ahead
-from emotion_toolbox.decoding import decode_image, read_image_bytes
+from emotion_toolbox.ensembles import (
+    VIEWS,
+    Ensemble,
+    Preparation,
+    Square,
+    make_ensemble,
+    predict_together,
+    prepare_picture,
+)
 from emotion_toolbox.errors import ExportError, ImageError
-from emotion_toolbox.export import ExportedModel, load_export, predict_squares, top_classes
+from emotion_toolbox.export import load_export, top_classes
 from emotion_toolbox.files import resolve_path, write_text
 from emotion_toolbox.prepare import count_suffixes, in_words, is_litter, list_files
 from emotion_transfer.config import make_config
 from emotion_transfer.model import build_model
 
+T = TypeVar("T", str, Path)
 EXAMPLE = """examples:
   python -m emotion_transfer predict picture.jpg
   python -m emotion_transfer predict holiday/ --csv answers.csv
   python -m emotion_transfer predict --model outputs/RUN_NAME --json *.jpg
+  python -m emotion_transfer predict --model outputs/ONE --model outputs/OTHER picture.jpg
   find . -name "*.jpg" -print0 | python -m emotion_transfer predict -"""
 DECODING_MEMORY = 2_500_000_000  # bytes a thread
 THREADS = 2  # decode while the network works
@@ -125,29 +135,59 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def decode(path: str, side: int, fit: str) -> npt.NDArray[np.uint8] | ImageError:
-    """An image as its square, uint8 [side, side, 3], or why it has none."""
+def load_ensemble(
+    given: Sequence[Path] | None, device: str, views: str | None = None
+) -> tuple[Ensemble, list[Path]]:
+    """The exports that were named, and their folders; None: the export written last."""
+    folders = [find_export(folder) for folder in given or (None,)]
+    members = [load_export(folder, network_of, device) for folder in folders]
+    return make_ensemble(members, folders, views), folders
+
+
+def threshold_of(folder: Path) -> float:
+    """The confidence below which an export is not sure; 0 where none was chosen for it.
+
+    Raises ``ExportError`` for one that cannot be.
+    """
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    value = about.get("threshold", 0.0)
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ExportError(f"threshold in {folder / 'config.json'} must be from 0 to 1")
+    return float(value)
+
+
+def prepare(
+    path: str | os.PathLike[str], preparations: Sequence[Preparation]
+) -> list[Square] | ImageError:
+    """An image as its squares, uint8 [side, side, 3] each, or why it has none."""
     try:
-        if ADDRESS.match(path):
+        if ADDRESS.match(os.fspath(path)):
             raise ImageError("an address; download the picture and give the file")
-        return decode_image(read_image_bytes(Path(path)), side, fit)
+        return prepare_picture(Path(path), preparations)
     except ImageError as error:
         return error
 
 
+def in_batches(
+    ensemble: Ensemble, paths: Sequence[T]
+) -> Iterator[tuple[Sequence[T], list[list[Square] | ImageError]]]:
+    """The paths and their squares, a batch at a time, prepared ahead by threads."""
+    size = max(1, BATCH_PIXELS // max(member.image_size for member in ensemble.members) ** 2)
+    make = partial(prepare, preparations=ensemble.preparations)
+    squares = work_ahead(make, paths, threads=THREADS, depth=2 * size, name="decode")
+    for first in range(0, len(paths), size):
+        yield paths[first : first + size], list(islice(squares, size))
+
+
 def answers(
-    exported: ExportedModel, paths: Sequence[str]
+    ensemble: Ensemble, paths: Sequence[str]
 ) -> Iterator[tuple[str, npt.NDArray[np.float64] | ImageError]]:
     """Each path with its class probabilities [C], or why it has none, in order."""
-    size = max(1, BATCH_PIXELS // exported.image_size**2)
-    prepare = partial(decode, side=exported.resize, fit=exported.fit)
-    squares = work_ahead(prepare, paths, threads=THREADS, depth=2 * size, name="decode")
-    for first in range(0, len(paths), size):
-        batch = list(islice(squares, size))
-        good = [square for square in batch if not isinstance(square, ImageError)]
-        found = iter(predict_squares(exported, good) if good else ())
-        for path, square in zip(paths[first : first + size], batch, strict=True):
-            yield path, square if isinstance(square, ImageError) else next(found)
+    for some, batch in in_batches(ensemble, paths):
+        good = [squares for squares in batch if not isinstance(squares, ImageError)]
+        found = iter(predict_together(ensemble, good) if good else ())
+        for path, squares in zip(some, batch, strict=True):
+            yield path, squares if isinstance(squares, ImageError) else next(found)
 
 
 def shown(path: str) -> str:
@@ -158,6 +198,13 @@ def shown(path: str) -> str:
 def positive(text: str) -> int:
     """A whole number from 1; raises ``ValueError``."""
     if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1; raises ``ValueError``."""
+    if not 0 <= (number := float(text)) <= 1:
         raise ValueError
     return number
 
@@ -181,7 +228,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a wildcard, or - for a list")
-    add("--model", type=Path, help="an export, or a run that has one (default: the newest)")
+    which = "an export, or a run that has one (default: the newest); several answer together"
+    add("--model", type=Path, action="append", help=which)
+    views = "views of a picture that are averaged (default: as the export says)"
+    add("--tta", choices=VIEWS, help=views)
+    unsure = "not sure below this probability (default: what `threshold` chose; 0: always sure)"
+    add("--threshold", type=share, metavar="P", help=unsure)
     add("--top", type=positive, default=3, help="classes to show (default 3)")
     add("--device", default="cpu", help="cpu (default), cuda, mps or auto")
     add("--json", action="store_true", help="one JSON object a line")
@@ -189,9 +241,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def predict(args: argparse.Namespace, exported: ExportedModel) -> int:
+def predict(args: argparse.Namespace, ensemble: Ensemble, threshold: float) -> int:
     """Answer every image asked for; 1 if any was unusable."""
-    rows, failed, classes = [], 0, exported.classes
+    rows, failed, classes = [], 0, ensemble.classes
     left_out = Counter[str]()
     images = list(find_images(args.images, left_out))
     if left_out := +left_out:
@@ -201,22 +253,24 @@ def predict(args: argparse.Namespace, exported: ExportedModel) -> int:
         return 1
     quiet = len(images) < BAR_FROM or not sys.stderr.isatty()
     bar: dict[str, Any] = {"unit": "image", "file": sys.stderr, "disable": quiet}
-    for path, found in tqdm(answers(exported, images), "predicting", len(images), **bar):
+    for path, found in tqdm(answers(ensemble, images), "predicting", len(images), **bar):
         name = shown(path)
         if isinstance(found, ImageError):
             tqdm.write(f"{name}: {found}", file=sys.stderr)
             failed += 1
             continue
         top = top_classes(found, classes, args.top)
+        sure = {"sure": top[0][1] >= threshold} if threshold else {}
         if args.csv:
-            rows.append([name, top[0][0], *found.tolist()])
+            rows.append([name, top[0][0], *sure.values(), *found.tolist()])
         elif args.json:
-            tqdm.write(json.dumps({"image": name, "top": top}))
+            tqdm.write(json.dumps({"image": name, **sure, "top": top}))
         else:
-            tqdm.write(f"{name}: " + ", ".join(f"{label} {p:.1%}" for label, p in top))
+            said = ", ".join(f"{label} {p:.1%}" for label, p in top)
+            tqdm.write(f"{name}: {said if sure.get('sure', True) else f'not sure ({said})'}")
     if args.csv:
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows([["path", "predicted", *classes], *rows])
+        table, extra = io.StringIO(newline=""), ["sure"] if threshold else []
+        csv.writer(table).writerows([["path", "predicted", *extra, *classes], *rows])
         write_text(args.csv, table.getvalue())
         print(f"{args.csv}: {len(rows)} images, {failed} unusable", file=sys.stderr)
     return int(failed > 0)
@@ -228,15 +282,19 @@ def main(arguments: list[str] | None = None, memory: int | None = DECODING_MEMOR
     The model once loaded, a thread may take so many bytes of `memory`; None: any amount.
     """
     args = make_parser().parse_args(arguments)
-    folder = find_export(args.model)
-    exported = load_export(folder, network_of, args.device)
+    ensemble, folders = load_ensemble(args.model, args.device, args.tta)
     if args.model is None:
-        about = ", trained on the synthetic sample" if exported.synthetic else ""
-        print(f"using the newest export, {folder}{about}; --model names another", file=sys.stderr)
+        about = ", trained on the synthetic sample" if ensemble.members[0].synthetic else ""
+        print(
+            f"using the newest export, {folders[0]}{about}; --model names another", file=sys.stderr
+        )
+    threshold = args.threshold
+    if threshold is None:  # one chosen for a member does not hold for an ensemble
+        threshold = threshold_of(folders[0]) if len(folders) == 1 else 0.0
     if memory is not None:
         limit_memory(THREADS * memory)
     try:
-        return predict(args, exported)
+        return predict(args, ensemble, threshold)
     except BrokenPipeError:  # who reads has had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
