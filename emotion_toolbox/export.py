@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from emotion_toolbox.backbones import BACKBONES, PACKAGED, BackboneSpec, refuse_nonfinite
+from emotion_toolbox.backbones import BACKBONES, LITES, BackboneSpec, refuse_nonfinite
 from emotion_toolbox.decoding import FITS, PAD_COLOUR, decode_image, read_image_bytes
 from emotion_toolbox.device import choose_device
 from emotion_toolbox.errors import ExportError
@@ -61,11 +61,11 @@ def export_model(
     weights = save_tensors(tensors)
     write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
-    write_text(folder / "README.md", model_card(description, facts, model.get_submodule("head")))
+    write_text(folder / "README.md", model_card(description, facts, model))
     return folder
 
 
-def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], head: nn.Module) -> str:
+def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Module) -> str:
     """What a user of the weights must know, in Markdown, from the run's own numbers."""
     name, classes, dataset = about["model"], about["classes"], literal(about["dataset"])
     numbered = "\n".join(f"{i}. {literal(label)}" for i, label in enumerate(classes))
@@ -92,8 +92,10 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], head: nn.Modu
         if facts["synthetic"]
         else ""
     )
-    packaged = 'timm.create_model("tf_efficientnet_lite0")'
-    make = packaged if name == PACKAGED[0] else f"torchvision.models.{name}()"
+    of_timm = f"tf_{name}" if name in LITES else name.partition("timm:")[2]
+    backbone, head = model.get_submodule("backbone"), model.get_submodule("head")
+    fitting = ", dynamic_img_size=True" * getattr(backbone, "dynamic_img_size", False)
+    make = f'timm.create_model("{of_timm}"{fitting})' if of_timm else f"torchvision.models.{name}()"
     layers = re.sub(r", eps=.*?\)", ")", written(head))  # defaults, of which older torch lacks one
     return f"""---
 library_name: pytorch
@@ -126,7 +128,7 @@ from torch import nn
 from torchvision.transforms import functional as F
 about = json.load(open("config.json"))
 backbone = {make}
-backbone.{BACKBONES[name].output} = nn.Identity()
+backbone.set_submodule("{BACKBONES[name].output}", nn.Identity())
 class Head(nn.ModuleDict):
     def forward(self, features):
         return sum(part(features) for part in self.values())

@@ -98,7 +98,7 @@ def linear_probe(
 
     def fit() -> dict[str, Any]:
         torch.manual_seed(seed)
-        backbone = make_backbone(name, weights).to(choose_device(device)).eval()
+        backbone = make_backbone(name, weights, size).to(choose_device(device)).eval()
         train = datasets["train"]
         asked = BACKBONES[name], size, batch_size
         seen, test = (extract_features(backbone, datasets[s], *asked) for s in ("train", "test"))
@@ -121,6 +121,9 @@ def grad_cam(
     asked, wanted = images.detach().to(device).requires_grad_(), torch.as_tensor(classes).to(device)
     with eval_mode(model), torch.enable_grad():
         maps = LayerGradCam(model, layer).attribute(asked, wanted, relu_attributions=True)
+    if maps.ndim != 4 or maps.shape[2] != maps.shape[3]:  # tokens, or channels last
+        print("no Grad-CAM: the last stage of this network gives no map of channels")
+        maps = torch.zeros(len(images), 1, 2, 2)
     heat = maps.detach()[:, 0].float()
     highest = heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)  # all 0 where nothing does
     return np.asarray((heat / highest).clamp(0, 1).cpu().numpy())

@@ -14,7 +14,6 @@ from typing import Any
 from emotion_toolbox.settings import check_fit, check_values, make_settings, neutral, setting
 
 DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
-MODELS = ("resnet50", "efficientnet_b0", "efficientnet_lite0")
 MONITORS = ("macro_f1", "accuracy", "loss")
 COMPARED = ("majority", "linear_probe", "from_scratch", "plain_finetune")
 
@@ -32,7 +31,7 @@ class EnhancedConfig:
     FIT: str = setting("crop", "for images that are not square", choices=("crop", "pad", "squash"))
     BALANCE: str = setting("weights", "helps rare classes", choices=("weights", "sampler", "none"))
     # What to train, and for how long
-    MODEL_NAME: str = setting("resnet50", "the pretrained network", choices=MODELS)
+    MODEL_NAME: str = setting("resnet50", "the pretrained network: torchvision's, or timm:NAME")
     WEIGHTS: str | None = setting("DEFAULT", "a torchvision name, a file, or None: random numbers")
     IMG_SIZE: int = setting(224, "side of what the network sees, in pixels", low=32, high=1024)
     TRAIN_SIZE: int | None = setting(None, "side in training; None: the same", low=32, high=1024)

@@ -26,7 +26,7 @@ from emotion_toolbox.backbones import BACKBONES, batch_norms, make_backbone
 from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.probes import linear_probe
 from emotion_toolbox.settings import settings_hash
-from emotion_transfer.config import EnhancedConfig, thaw_epochs
+from emotion_transfer.config import EnhancedConfig, thaw_epochs, train_size
 
 Datasets = Mapping[str, EmotionDataset]
 Answer = dict[str, Any]  # probabilities [N, C] of the test images, a note and, of training, a curve
@@ -107,7 +107,8 @@ def build_model(
 ) -> EmotionClassifier:
     """The network of `cfg` for that many classes, on the CPU; its head begins as `probe`."""
     torch.manual_seed(cfg.SEED)
-    backbone = make_backbone(cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS)
+    weights = None if cfg.INIT_FROM else cfg.WEIGHTS
+    backbone = make_backbone(cfg.MODEL_NAME, weights, cfg.IMG_SIZE, train_size(cfg))
     asked = classes, cfg.DROPOUT, cfg.HEAD, cfg.START
     head = make_head(BACKBONES[cfg.MODEL_NAME].features, *asked)
     if probe is not None:
@@ -149,7 +150,7 @@ def set_training_mode(cfg: EnhancedConfig, model: EmotionClassifier, epoch: int)
     """Set gradients and train/eval modes of every stage for `epoch`, counted from 0."""
     active = trainable_stages(model, thaw_level(cfg, epoch))
     model.train()
-    model.backbone.eval()
+    model.backbone.eval().requires_grad_(thaw_level(cfg, epoch) == 2)  # what is in no stage
     for stage, modules in model.stage_modules().items():
         for module in modules:
             module.requires_grad_(stage in active).train(stage in active)

@@ -542,7 +542,10 @@ def test_weights_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_packaged_weights_that_are_not_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emotion_toolbox.backbones.LITE0_SHA256", "0" * 64)
+    from emotion_toolbox.backbones import LITES
+
+    file = LITES["efficientnet_lite0"][0]
+    monkeypatch.setitem(LITES, "efficientnet_lite0", (file, "0" * 64))
     found = {r.check: r for r in run_check("weights", Setup())}
     packaged = found["weights efficientnet_lite0"]
     assert packaged.status == FAIL and "has the sha256" in packaged.message
