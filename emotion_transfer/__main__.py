@@ -12,6 +12,8 @@ COMMANDS = {
     "onnx": "write a model as one ONNX file that does all but the decoding",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
+    "crossval": "train and judge on several folds, so that every picture is judged once",
+    "transfer": "judge models on other data sets, and adapt them with few labels or none",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(
