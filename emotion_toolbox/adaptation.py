@@ -3,10 +3,12 @@
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,13 +22,12 @@ Labels = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
 Moments = list[tuple[int, Tensor, Tensor]]  # of each batch: values a channel, their mean, variance
+M = TypeVar("M", bound=nn.Module)
 STATISTICS_BATCH = 128  # images; what a layer sees depends on the batch that the ones before it saw
 
 
 @torch.no_grad()
-def adapt_statistics(
-    model: nn.Module, dataset: EmotionDataset, spec: BackboneSpec, size: int
-) -> nn.Module:
+def adapt_statistics(model: M, dataset: EmotionDataset, spec: BackboneSpec, size: int) -> M:
     """A copy of `model` whose BatchNorm layers hold mean and variance of `dataset`'s images.
 
     AdaBN (Li et al. 2016, arXiv 1603.04779): the weights stay, and no label is used. One pass over
@@ -83,14 +84,14 @@ def draw_shots(labels: Labels, most: int, seed: int) -> Positions:
 def probe_shots(
     features: Features, labels: Labels, shots: Positions, test: Features, monitor: str
 ) -> npt.NDArray[np.float64]:
-    """Scores [N, C] of `test` features [N, F] by logistic regression on the drawn images.
+    """Probabilities [N, C] for `test` features [N, F] by logistic regression on the drawn images.
 
     `shots` are positions in `features` and `labels`. Its strength is chosen by cross-validation
     among the drawn images; with one of each class it is the usual one (``fit_probe``).
     """
     chosen = shots.ravel()
     weight, bias, _ = fit_probe(features[chosen], labels[chosen], len(shots), monitor)
-    return (test @ weight.T + bias).astype(np.float64)
+    return np.asarray(softmax((test @ weight.T + bias).astype(np.float64), axis=1))
 
 
 def usable_shots(shots: Sequence[int], labels: Labels) -> list[int]:

@@ -1,6 +1,7 @@
 """Folds for cross-validation: by class, and without tearing groups of images apart."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from emotion_toolbox.errors import DataError
 from emotion_toolbox.tables import Split, read_table
 
 Labels = npt.NDArray[np.int64]
-LEAST = 3  # groups of a class: one to learn from, one to choose the epoch by, one to judge by
 
 
 class Fold(NamedTuple):
@@ -37,7 +37,8 @@ class Grouping:
     def in_words(self, number: int) -> str:
         """So many groups, or images, in words."""
         plural = "s" * (number != 1)
-        return f"{number} group{plural} of {self.column!r}" if self.column else f"{number} images"
+        what = f"group{plural} of {self.column!r}" if self.column else f"image{plural}"
+        return f"{number} {what}"
 
 
 def group_images(splits: Sequence[Split], column: str | None) -> Grouping:
@@ -68,58 +69,66 @@ def make_folds(
 ) -> list[Fold]:
     """Cut N images into `folds`, each with about the same mixture of classes; no group is split.
 
-    Of what is left for training, about a `share` chooses the epoch, cut in the same way.
-
-    Raises ``DataError`` where a class has too few images or groups for so many.
+    Of what is left for training, about a `share` chooses the epoch, cut in the same way. Raises
+    ``DataError`` where a class has too few images or groups for so many.
     """
     refuse_few(labels, groups, classes, folds)
     made = []
     for rest, test in _cut(labels, groups.numbers, folds, seed):
-        train, val = _inner_cut(labels[rest], groups.numbers[rest], len(classes), share, seed)
-        made.append(Fold(rest[train], rest[val], test))
-        if lost := [classes[i] for i in range(len(classes)) if i not in labels[rest[train]]]:
+        left = count_groups(labels[rest], groups.numbers[rest], len(classes))
+        short = np.flatnonzero(left < 2)
+        if not len(short):
+            parts = int(np.clip(round(1 / share), 2, left.min()))
+            train, val = _inner_cut(labels[rest], groups.numbers[rest], parts, seed)
+            short = np.setdiff1d(np.arange(len(classes)), labels[rest[train]])
+        if len(short):
             raise DataError(
-                f"fold {len(made)} leaves no image of {lost[0]} to learn from; set another number "
-                "of --folds, or add images"
+                f"fold {len(made) + 1} leaves too little of {classes[short[0]]} to learn from and "
+                "to choose the epoch by; set another number of --folds or SEED, or add images"
             )
+        made.append(Fold(rest[train], rest[val], test))
     return made
 
 
+def count_groups(labels: Labels, groups: Labels, classes: int) -> Labels:
+    """How many groups have an image of each class, [C]."""
+    return np.array([len(np.unique(groups[labels == number])) for number in range(classes)])
+
+
 def refuse_few(labels: Labels, groups: Grouping, classes: Sequence[str], folds: int) -> None:
-    """Raise ``DataError`` if a class has fewer images, or groups, than `folds` or LEAST."""
-    for number, name in enumerate(classes):
-        held = np.unique(groups.numbers[labels == number])
-        if len(held) == 1 and groups.column:
+    """Raise ``DataError`` if a class has fewer images, or groups, than there are `folds`."""
+    counts = count_groups(labels, groups.numbers, len(classes))
+    for number, (name, count) in enumerate(zip(classes, counts.tolist(), strict=True)):
+        if count == 1 and groups.column:
+            held = groups.names[groups.numbers[labels == number][0]]
             raise DataError(
-                f"all images of {name} are in one group of {groups.column!r}, "
-                f"{groups.names[held[0]]!r}, which cannot be both learnt and judged; --group by "
-                "another column"
+                f"all images of {name} are in one group of {groups.column!r}, {held!r}, which "
+                "cannot be both learnt and judged; --group by another column"
             )
-        if len(held) < max(LEAST, folds):
-            lower = f"set --folds {len(held)}, or " if len(held) >= LEAST else ""
+        if count < folds:
+            lower = f"set --folds {count}, or " if count > 1 else ""
             raise DataError(
-                f"{name} has {groups.in_words(len(held))}, too few for --folds {folds} (at least "
-                f"{LEAST}); {lower}add images, or remove the class"
+                f"{name} has {groups.in_words(count)}, fewer than --folds {folds}; {lower}add some"
             )
 
 
 def _cut(
     labels: Labels, groups: Labels, parts: int, seed: int
-) -> Iterator[tuple[Positions, Positions]]:
+) -> list[tuple[Positions, Positions]]:
     """Each of `parts` with what is left without it."""
-    if len(np.unique(groups)) == len(groups):
-        yield from StratifiedKFold(parts, shuffle=True, random_state=seed).split(labels, labels)
-    else:
-        cutter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
-        yield from cutter.split(labels, labels, groups)
+    alone = len(np.unique(groups)) == len(groups)
+    cutter = (StratifiedKFold if alone else StratifiedGroupKFold)(
+        parts, shuffle=True, random_state=seed
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few images of a class, which is refused in our words
+        return list(cutter.split(labels, labels, groups))
 
 
 def _inner_cut(
-    labels: Labels, groups: Labels, classes: int, share: float, seed: int
+    labels: Labels, groups: Labels, parts: int, seed: int
 ) -> tuple[Positions, Positions]:
     """Training and validation part: of the possible cuts the first with most classes in both."""
-    fewest = min(len(np.unique(groups[labels == i])) for i in np.unique(labels))
-    parts = int(np.clip(round(1 / share), 2, max(2, fewest)))
 
     def classes_in(cut: tuple[Positions, Positions]) -> tuple[int, int]:
         train, val = (len(np.unique(labels[part])) for part in cut)
