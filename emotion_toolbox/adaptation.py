@@ -8,7 +8,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -16,7 +18,7 @@ from emotion_toolbox.backbones import BackboneSpec, batch_norms
 from emotion_toolbox.batches import EmotionDataset, fetch_ahead
 from emotion_toolbox.device import eval_mode
 from emotion_toolbox.pixels import prepare_images
-from emotion_toolbox.probes import fit_probe
+from emotion_toolbox.probes import choose_strength
 
 Labels = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
@@ -86,12 +88,18 @@ def probe_shots(
 ) -> npt.NDArray[np.float64]:
     """Probabilities [N, C] for `test` features [N, F] by logistic regression on the drawn images.
 
-    `shots` are positions in `features` and `labels`. Its strength is chosen by cross-validation
-    among the drawn images; with one of each class it is the usual one (``fit_probe``).
+    `shots` [C, k] are positions in `features` and `labels`. The strength is chosen among the drawn
+    images by cross-validation; with one of each class it is the usual one (``choose_strength``).
     """
     chosen = shots.ravel()
-    weight, bias, _ = fit_probe(features[chosen], labels[chosen], len(shots), monitor)
-    return np.asarray(softmax((test @ weight.T + bias).astype(np.float64), axis=1))
+    scaler = StandardScaler().fit(features[chosen])
+    known, unknown = scaler.transform(features[chosen]), scaler.transform(test)
+    span = np.linalg.qr(known.T)[0]  # the weights lie in it: so few dimensions, the same answer
+    with threadpool_limits(1):  # for so little work, threads cost more than they bring
+        strength, _ = choose_strength(known @ span, labels[chosen], monitor)
+        probe = LogisticRegression(C=strength, max_iter=2000)
+        probe.fit(known @ span, labels[chosen])
+    return np.asarray(probe.predict_proba(unknown @ span), dtype=np.float64)
 
 
 def usable_shots(shots: Sequence[int], labels: Labels) -> list[int]:

@@ -73,7 +73,7 @@ def make_folds(
     ``DataError`` where a class has too few images or groups for so many.
     """
     refuse_few(labels, groups, classes, folds)
-    made = []
+    made: list[Fold] = []
     for rest, test in _cut(labels, groups.numbers, folds, seed):
         left = count_groups(labels[rest], groups.numbers[rest], len(classes))
         short = np.flatnonzero(left < 2)
