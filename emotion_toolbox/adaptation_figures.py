@@ -48,11 +48,17 @@ def plot_shots(points: Sequence[Row], cells: Sequence[Row]) -> Figure:
     fig, axes = new_figure(4.2 * cols, 3.2 * rows + 0.6, rows, cols, sharey=True)
     legend: dict[str, Any] = {}
     for ax, panel in zip(axes.flat, panels, strict=False):
-        _draw_panel(ax, *([r for r in t if (r["source"], r["target"]) == panel]
-                          for t in (points, cells)))  # fmt: skip
-        ax.set_title(fit_text(" to ".join(panel), 4, 9, 2), loc="left", size=9)
+        curves, lines = (
+            [row for row in table if (row["source"], row["target"]) == panel]
+            for table in (points, cells)
+        )
+        _draw_panel(ax, curves, lines)
+        count = f", {len(curves[0]['classes'])} classes"
+        ax.set_title(fit_text(" to ".join(panel), 3, 9, 2) + count, loc="left", size=9)
         handles, names = ax.get_legend_handles_labels()
         legend |= zip(names, handles, strict=True)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     fig.legend([*legend.values()], [*legend], **BELOW)
@@ -74,4 +80,4 @@ def _draw_panel(ax: Any, points: Sequence[Row], cells: Sequence[Row]) -> None:
     ticks = sorted({row["k"] for row in points})
     ax.set_xticks(ticks, [str(k) for k in ticks])
     ax.minorticks_off()
-    ax.set(xlabel="labelled images a class", ylabel="accuracy")
+    ax.set_xlabel("labelled images a class")

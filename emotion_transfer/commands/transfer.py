@@ -311,10 +311,17 @@ def write_results(
         "settings": {"SEED": cfg.SEED, "BOOTSTRAP": cfg.BOOTSTRAP, "MONITOR": cfg.MONITOR,
                      "WEIGHTS": cfg.WEIGHTS}, "versions": software_versions(),
     })  # fmt: skip
-    for table in (cells, points):
-        shown = [{n: v for n, v in row.items() if n != "classes"} for row in table]
-        if shown:
-            print(pd.DataFrame(shown).to_string(index=False))
+    print_tables(cells, points)
+
+
+def print_tables(cells: Rows, points: Rows) -> None:
+    """The matrix, a line a model and set; and the curves, a line a number of labelled images."""
+    if cells:
+        print(pd.DataFrame(cells).drop(columns="classes").to_string(index=False))
+    if points:
+        keys = ["source", "target", "images", "seeds", "k"]
+        table = pd.DataFrame(points).set_index([*keys, "what"])["accuracy"].map(str)
+        print(table.unstack("what", fill_value="").reset_index().to_string(index=False))
 
 
 def transfer(
