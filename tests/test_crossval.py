@@ -279,6 +279,7 @@ def test_records_of_other_settings_are_made_again(cfg, monkeypatch):
     assert program.main([*arguments, "LR_HEAD=0.05"]) == 0
     assert program.main([*arguments, "LR_HEAD=0.05", "TTA=False"]) == 0
     assert len(trained) == 6
+    assert {folder.name for folder in Path(cfg.OUTPUT_ROOT).iterdir()} == {"crossval-mine"}
 
 
 def test_test_images_are_judged_only_where_asked(cfg):

@@ -392,6 +392,15 @@ def test_sets_without_a_shared_class_have_curves_and_a_line_that_helps(tmp_path,
     assert (row["classes_by"], row["images"], row["classes"]) == ("hand", 12, ["calm", "hat"])
 
 
+def test_a_set_without_a_picture_to_judge_by_is_named(tmp_path, tiny_root, capsys):
+    model = make_export(tmp_path / "clothes", ("dress", "hat", "fork"), 3)
+    table = pd.read_csv(tiny_root / "test.csv")
+    table[table["label"] == "rage"].to_csv(tiny_root / "test.csv", index=False)
+    assert run(tmp_path, [model], [tiny_root], "--map", "dress=calm,hat=joy") == 1
+    assert "test.csv has no image of calm, joy, which is what clothes" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_sets_of_one_name_are_told_apart(tmp_path, tiny_root):
     model = make_export(tmp_path / "one", ("rage", "calm", "joy"))
     other = shutil.copytree(tiny_root, tmp_path / "other" / "tiny")

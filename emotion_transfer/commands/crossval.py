@@ -1,5 +1,4 @@
-"""Train as many networks as there are folds, so that every picture is judged by one that never
-saw it."""
+"""Train on folds of the pictures, so that each is judged by a network that never saw it."""
 
 import argparse
 import dataclasses
@@ -94,15 +93,16 @@ def open_pool(
 
 
 def fold_folder(cfg: EnhancedConfig, listed: EmotionData, pool: Pool) -> Path:
-    """Create and return the folder of these folds: RUN_NAME, or one with a hash of all of them."""
-    if cfg.RUN_NAME == "auto":
+    """Create and return the folder of these folds, crossval-RUN_NAME; auto: with a hash of all."""
+    name = cfg.RUN_NAME
+    if name == "auto":
         digest = hashlib.sha256((settings_hash(cfg) + pool.data.fingerprint()).encode())
         for fold in pool.folds:
             digest.update(b"".join(part.tobytes() for part in fold))
         source = "sample" if listed.synthetic else listed.root.name
-        name = f"crossval-{source}-{cfg.MODEL_NAME}-{digest.hexdigest()[:8]}"
-        cfg = dataclasses.replace(cfg, RUN_NAME=re.sub(r"[^\w.-]+", "_", name))
-    return make_run_folder(cfg, listed)
+        name = f"{source}-{cfg.MODEL_NAME}-{digest.hexdigest()[:8]}"
+    name = re.sub(r"[^\w.-]+", "_", f"crossval-{name}")
+    return make_run_folder(dataclasses.replace(cfg, RUN_NAME=name), listed)
 
 
 def train_fold(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answers:

@@ -27,7 +27,7 @@ from emotion_toolbox.adaptation_figures import (
 from emotion_toolbox.backbones import make_backbone
 from emotion_toolbox.batches import EmotionDataset, open_datasets
 from emotion_toolbox.device import choose_device
-from emotion_toolbox.errors import ConfigError, WeightsUnavailable
+from emotion_toolbox.errors import ConfigError, DataError, WeightsUnavailable
 from emotion_toolbox.export import ExportedModel, load_export
 from emotion_toolbox.figures import save_figure
 from emotion_toolbox.files import absolute, write_text
@@ -84,7 +84,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """A model on a set that it is judged on; `shared` None: no class of one is one of the other."""
+    """A model and a set that it is judged on; `shared` None: they do not share two classes."""
 
     source: Source
     target: str
@@ -219,12 +219,12 @@ def run_shots(
 
 def curve_points(
     task: Task, hits: Mapping[tuple[str, int], Hits], whole: Mapping[str, Hits]
-) -> Any:
+) -> Rows:
     """Rows of the curves: accuracies, and differences on the same draws and images.
 
     Intervals are over images and seeds (``resample_mean``).
     """
-    rows = []
+    rows: Rows = []
     for (name, k), right in hits.items():
         values = {name: right.astype(float)}
         if name == OWN:
@@ -241,19 +241,33 @@ def curve_points(
     return rows
 
 
-def run_task(
-    cfg: EnhancedConfig, task: Task, shots: Sequence[int], seeds: int
-) -> tuple[Rows, Rows]:
-    """Rows of the matrix and of the curves for a model on a set."""
+def open_task(cfg: EnhancedConfig, task: Task) -> tuple[EmotionDataset, EmotionDataset]:
+    """The training images of a task's set, and the test images that count, as its model sees them.
+
+    Raises ``DataError`` where no test image counts, and what ``open_datasets`` does.
+    """
     about = task.source.exported
     datasets = open_datasets(
         task.data, about.resize, about.fit, cache_dir=cfg.CACHE_DIR if cfg.CACHE else None,
         threads=cfg.NUM_WORKERS, max_bad_fraction=cfg.MAX_BAD_FRACTION,
         allow_duplicates=cfg.ALLOW_DUPLICATES,
     )[1]  # fmt: skip
-    train, test = datasets["train"], datasets["test"]
+    test = datasets["test"]
     counted = np.flatnonzero(task.judged.target[test.split.labels] >= 0)
-    images = choose_images(test, counted)
+    if not len(counted):
+        names = ", ".join(task.judged.names)
+        raise DataError(
+            f"{test.split.csv} has no image of {names}, which is what {task.source.name} shares "
+            "with it; add some, or map other classes with --map"
+        )
+    return datasets["train"], choose_images(test, counted)
+
+
+def run_task(
+    cfg: EnhancedConfig, task: Task, train: EmotionDataset, images: EmotionDataset,
+    shots: Sequence[int], seeds: int,
+) -> tuple[Rows, Rows]:  # fmt: skip
+    """Rows of the matrix and of the curves, from `train` images and `images` to judge by."""
     cells, whole = judge_model(cfg, task, train, images)
     usable = usable_shots(shots, train.split.labels)
     if len(usable) < len(set(shots)):
@@ -281,12 +295,13 @@ def flat_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def result_folder(cfg: EnhancedConfig, tasks: Sequence[Task], asked: str) -> Path:
-    """Create and return the folder of these models and sets: RUN_NAME, or one with a hash."""
-    if cfg.RUN_NAME == "auto":
+    """Create and return the folder of these results, transfer-RUN_NAME; auto: with a hash."""
+    name = cfg.RUN_NAME
+    if name == "auto":
         parts = [f"{task.source.folder} {task.data.root} {task.judged.names}" for task in tasks]
         digest = hashlib.sha256(repr((parts, asked)).encode(errors="surrogateescape"))
-        cfg = dataclasses.replace(cfg, RUN_NAME=f"transfer-{digest.hexdigest()[:8]}")
-    return make_run_folder(cfg, tasks[0].data)
+        name = digest.hexdigest()[:8]
+    return make_run_folder(dataclasses.replace(cfg, RUN_NAME=f"transfer-{name}"), tasks[0].data)
 
 
 def write_results(
@@ -340,10 +355,11 @@ def transfer(
     tasks = make_tasks(sources, sets, parse_pairs(alike, known))
     if not shots and not any(task.shared for task in tasks):
         raise ConfigError("no model shares classes with a set, and --shots is empty; see above")
+    opened = [open_task(cfg, task) for task in tasks]  # what cannot be used shows at once
     cells, points = Rows(), Rows()
-    for number, task in enumerate(tasks, start=1):
+    for number, (task, images) in enumerate(zip(tasks, opened, strict=True), start=1):
         print(f"--- {number} of {len(tasks)}: {task.source.name} on {task.target}", flush=True)
-        found = run_task(cfg, task, shots, seeds)
+        found = run_task(cfg, task, *images, shots, seeds)
         cells += found[0]
         points += found[1]
     folder = result_folder(cfg, tasks, f"{sorted(shots)} {seeds} {cfg.SEED}")
