@@ -15,6 +15,8 @@ COMMANDS = {
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
     "attributes": "where does a model fail? accuracy by the attributes of the pictures",
+    "crossval": "train and judge on several folds, so that every picture is judged once",
+    "transfer": "judge models on other data sets, and adapt them with few labels or none",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(
