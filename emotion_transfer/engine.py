@@ -25,7 +25,7 @@ from emotion_toolbox.device import (
     memory_advice, memory_in_use, move_average, precision, set_deterministic, void_unless,
 )  # fmt: skip
 from emotion_toolbox.draws import draw_uniforms, step_seed
-from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
+from emotion_toolbox.keeper import FitResult, Keeper, OnEpoch, Progress, Resumable
 from emotion_toolbox.pixels import jitter_colours
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.config import EnhancedConfig, train_size
@@ -195,7 +195,7 @@ def validate_epoch(
     source = max(found, key=lambda name: found[name].score(trainer.cfg.MONITOR))
     network, score = networks[source], found[source].score(trainer.cfg.MONITOR)
     about = {"name": network.name, "classes": list(val.classes), "source": source}
-    keeper.save_best(progress, score, found[source].loss, {"model": network.state_dict(), **about})
+    keeper.save_best(progress, score, found[source], {"model": network.state_dict(), **about})
 
     spread = np.linspace(0, len(trainer.train) - 1, min(len(trainer.train), len(val)))
     clean = trainer.predict(network, trainer.train, positions=spread.round().astype(int))
@@ -222,10 +222,9 @@ def end_epoch(
     cfg, epoch, totals = trainer.cfg, progress.epoch, trainer.meter.read()
     figures = validate_epoch(trainer, val, progress, keeper)
     highest = np.max([rates_at(cfg, epoch, step, steps) for step in range(steps)], axis=0)
-    lr_head, lr_backbone = highest.tolist()
-    row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
-           "lr_head": lr_head, "lr_backbone": lr_backbone, "skipped_steps": totals.skipped,
-           "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
+    rates = dict(zip(("lr_head", "lr_backbone"), highest.tolist(), strict=True))
+    row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures, **rates,
+           "skipped_steps": totals.skipped, "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
     thawed = thaw_level(cfg, epoch) == thaw_level(cfg, cfg.EPOCHS)
     progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if thawed else None)
     trainer.meter.sums.zero_()
@@ -256,23 +255,24 @@ def run_epoch(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper:
 
 def fit(
     cfg: EnhancedConfig, model: EmotionClassifier, datasets: Mapping[str, EmotionDataset],
-    folder: Path, augment: Augment | None = None,
+    folder: Path, augment: Augment | None = None, on_epoch: OnEpoch | None = None,
 ) -> FitResult:  # fmt: skip
     """Train `model`, or go on with the run in `folder`, and leave the best weights in `model`.
 
     Raises ``ConfigError`` for another run's folder, ``CheckpointError`` where nothing can be read
-    or kept, ``DivergedError``, ``DeviceMemoryError``, and ``Stopped`` once stopped and saved.
+    or kept, ``DivergedError``, ``DeviceMemoryError``, ``Stopped`` once saved, what `on_epoch` does.
     """
     set_deterministic(cfg.DETERMINISTIC)
     when = cfg.CHECKPOINT_EVERY, cfg.CHECKPOINT_STEPS, cfg.CHECKPOINT_KEEP, cfg.ON_SAVE_ERROR
-    keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS)
+    keeper = Keeper(folder, *when, cfg.MAX_BAD_STEPS, on_epoch)
     with keeper.lock(), memory_advice(cfg.BATCH_SIZE, cfg.ACCUMULATE, train_size(cfg)):
         saved = keeper.begin(cfg, model, datasets)
         trainer = Trainer(cfg, model, datasets["train"], saved["amp"] if saved else None, augment)
         progress = keeper.resume(trainer, saved)
         if not progress.history:
             start = validate_epoch(trainer, datasets["val"], progress, keeper)
-            keeper.note_start(progress, start, cfg.EPOCHS)
+            progress.history.append({"epoch": 0, **start})
+            keeper.report(progress, cfg.EPOCHS)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):
             while not progress.finished:
                 run_epoch(trainer, datasets["val"], progress, keeper)
