@@ -12,6 +12,7 @@ COMMANDS = {
     "onnx": "write a model as one ONNX file that does all but the decoding",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
+    "search": "search for better settings with Optuna, judged by validation images",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(
