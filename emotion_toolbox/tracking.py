@@ -84,7 +84,7 @@ class TensorBoardTracker:
     ) -> None:
         last = epoch + 1  # a step of its own, which a run that is called again writes anew
         writer = self._open(last)
-        shown = {n: v if isinstance(v, bool | int | float) else str(v) for n, v in settings.items()}
+        shown = {n: v if type(v) in (int, float) else str(v) for n, v in settings.items()}
         summary = need("torch.utils.tensorboard.summary", "tensorboard")
         for part in summary.hparams(shown, dict(metrics)):
             writer.file_writer.add_summary(part, last)

@@ -45,6 +45,7 @@ def plot_importances(shares: Mapping[str, float]) -> Figure:
     """The share of the differences between scores that each setting explains, as bars."""
     names, values = list(shares), list(shares.values())
     fig, [[ax]] = new_figure(7, 1.2 + 0.36 * len(names))
+    ax.set_axisbelow(True)
     bars = ax.barh(range(len(names)), values, color=BLUE, height=0.65)
     ax.bar_label(bars, [f"{value:.0%}" for value in values], padding=4, fontsize=9)
     ax.set_yticks(range(len(names)), names, size=9)
@@ -71,7 +72,7 @@ def marks(space: Space) -> dict[str, float]:
         return dict(zip(space.choices, heights(list(space.choices), space), strict=True))
     spread = (np.geomspace if space.log else np.linspace)(space.low, space.high, 4)
     values = (spread.round() if space.whole else spread).tolist()
-    return dict(zip([f"{v:.3g}" for v in values], heights(values, space).tolist(), strict=True))
+    return dict(zip([f"{v:.2g}" for v in values], heights(values, space).tolist(), strict=True))
 
 
 def plot_parallel(table: pd.DataFrame, spaces: Mapping[str, Space], score: str) -> Figure:

@@ -6,6 +6,7 @@ which a process that dies leaves at once: its trial is taken up by the next that
 
 import contextlib
 import logging
+import math
 import sqlite3
 import sys
 import warnings
@@ -186,11 +187,12 @@ def count_done(study: Any) -> int:
 
 
 def best_of(study: Any) -> Any:
-    """The trial with the highest score that was not pruned; None where there is none."""
+    """The complete trial with the highest score; None where none has a finite one."""
     try:
-        return study.best_trial
+        best = study.best_trial
     except ValueError:
         return None
+    return best if math.isfinite(best.value) else None
 
 
 def trials_table(study: Any, names: list[str]) -> pd.DataFrame:

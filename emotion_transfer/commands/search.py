@@ -161,7 +161,7 @@ def make_objective(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # after a kill an epoch is reported again
                 trial.report(answers.score(cfg.MONITOR), row["epoch"])
-            if trial.should_prune():
+            if row["epoch"] < cfg.EPOCHS and trial.should_prune():
                 raise need("optuna", "search").TrialPruned
 
         def train() -> float:
@@ -187,16 +187,16 @@ def make_objective(
 
 def describe_trial(trial: Any, study: Any, monitor: str) -> str:
     """What came of a trial, in one line."""
-    values = ", ".join(f"{n}={v:.3g}" if isinstance(v, float) else f"{n}={v}"
-                       for n, v in trial.params.items())  # fmt: skip
+    shown = [(n, f"{v:.3g}" if isinstance(v, float) else v) for n, v in trial.params.items()]
+    values = ", ".join(f"{name}={value}" for name, value in shown)
     if "refused" in trial.user_attrs:
         found = f"refused: {trial.user_attrs['refused']}"
     elif trial.state.name == "PRUNED":
-        found = f"pruned after epoch {max(trial.intermediate_values)} with {trial.value:.3f}"
-    else:
-        found = f"{monitor} {trial.value:.3f} in epoch {trial.user_attrs.get('best_epoch')}"
+        found = f"pruned after epoch {max(trial.intermediate_values)}"
+    else:  # the score of a loss is negative
+        found = f"{monitor} {abs(trial.value):.3f} in epoch {trial.user_attrs['best_epoch']}"
     best = best_of(study)
-    lead = "" if best is None else f"; best: trial {best.number} with {best.value:.3f}"
+    lead = "" if best is None else f"; best: trial {best.number}, {abs(best.value):.3f}"
     return f"trial {trial.number}: {found} ({values}){lead}"
 
 
