@@ -34,10 +34,13 @@ def plot_trials(table: pd.DataFrame, score: str) -> Figure:
     best = complete.set_index("trial")["score"].astype(float).cummax()
     ax.step([*best.index, table["trial"].max()], [*best, *best.tail(1)], where="post",
             color=ORANGE, lw=1.8, zorder=1, label="best so far")  # fmt: skip
+    starts = table["start"].dropna().unique()
+    if len(starts) == 1:  # the probe, say
+        ax.axhline(starts[0], color="0.35", ls=":", label="before training")
     ax.set(xlabel="trial", ylabel=score)
     ax.locator_params(axis="x", integer=True)
     ax.grid(alpha=0.3)
-    fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return fig
 
 

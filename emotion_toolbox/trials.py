@@ -79,7 +79,7 @@ def open_study(file: Path, about: Mapping[str, str]) -> Any:
     """The study in `file`, which is made where it is not there; `about` says what it is of.
 
     Scores are maximised. A trial whose best score so far is below the median of the others' at
-    that epoch is pruned, never by the start alone ("median stopping rule", Golovin et al. 2017).
+    that epoch is pruned ("median stopping rule", Golovin et al. 2017, Google Vizier).
     Raises ``ConfigError`` if Optuna is not installed, the file is damaged or of something else.
     """
     optuna = need("optuna", "search")
@@ -93,7 +93,7 @@ def open_study(file: Path, about: Mapping[str, str]) -> Any:
             )
             study = optuna.create_study(
                 storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True,
-                pruner=optuna.pruners.MedianPruner(n_warmup_steps=1),
+                pruner=optuna.pruners.MedianPruner(),
             )  # fmt: skip
         except (optuna.exceptions.OptunaError, RuntimeError) as error:
             raise ConfigError(
@@ -196,13 +196,13 @@ def best_of(study: Any) -> Any:
 
 
 def trials_table(study: Any, names: list[str]) -> pd.DataFrame:
-    """A row a trial: number, state, score, best_epoch, the settings `names`, and a note."""
+    """A row a trial: number, state, scores, epochs, the settings `names`, and a note."""
     rows = []
     for trial in study.get_trials(deepcopy=False):
         kept, state = trial.user_attrs, trial.state.name.lower()
         rows.append({
             "trial": trial.number, "state": "refused" if "refused" in kept else state,
-            "score": trial.value, "best_epoch": kept.get("best_epoch"),
+            "score": trial.value, "start": kept.get("start"), "best_epoch": kept.get("best_epoch"),
             "epochs": max(trial.intermediate_values, default=None),
             **{name: trial.params.get(name) for name in names}, "note": kept.get("refused", ""),
         })  # fmt: skip

@@ -132,7 +132,7 @@ def test_what_lies_below_the_median_is_pruned(tmp_path):
         for epoch, _ in sorted(trial.intermediate_values.items()):
             best = max(v for e, v in trial.intermediate_values.items() if e <= epoch)
             there = [t.intermediate_values[epoch] for t in others]
-            below = len(others) >= 5 and 1 <= epoch < 5 and best < np.median(there)
+            below = len(others) >= 5 and epoch < 5 and best < np.median(there)
             assert below == (trial in pruned and epoch == reached[trial.number])
 
 
@@ -219,10 +219,12 @@ def test_figures_show_every_trial(tmp_path):
     table = pd.DataFrame({
         "trial": range(5), "state": ["complete", "refused", "pruned", "complete", "complete"],
         "score": [0.5, None, 0.2, -np.inf, 0.6], "x": [-4.0, 0.0, 1.0, 2.0, 4.0],
-        "y": [1e-4, 1.0, 1e-2, 1e-2, 1.0], "z": ["a", "b", "b", "a", "b"],
+        "start": [0.3, None, None, 0.3, 0.3], "y": [1e-4, 1.0, 1e-2, 1e-2, 1.0],
+        "z": ["a", "b", "b", "a", "b"],
     })  # fmt: skip
     (ax,) = trial_figures.plot_trials(table, "score").axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert drawn["before training"] == [[0, 0.3], [1, 0.3]]
     assert drawn["complete (2)"] == [[0, 0.5], [4, 0.6]] and drawn["pruned (1)"] == [[2, 0.2]]
     ax = trial_figures.plot_parallel(table, SPACES, "score").axes[0]
     lines = [line.get_ydata().tolist() for line in ax.lines if len(line.get_ydata()) == 3]
@@ -276,6 +278,8 @@ def test_train_takes_the_best_settings(cfg, capsys):
     assert program.main(["train", "--config", f"{folder}/best.json", *named]) == 0
     history = pd.read_csv(Path(cfg.OUTPUT_ROOT) / "again" / "history.csv")
     losses = history[["val_loss", "val_ema_loss"]].min(axis=1)
+    assert losses[0] == pytest.approx(-best["start"], rel=1e-12)
+    losses = losses[1:]
     assert losses.min() == pytest.approx(-best["score"], rel=1e-12)
     assert history["epoch"][losses.idxmin()] == best["best_epoch"]
 

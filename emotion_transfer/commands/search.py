@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
 from emotion_toolbox.batches import EmotionDataset, steps_per_epoch
 from emotion_toolbox.device import seed_everything
 from emotion_toolbox.errors import ConfigError, DeviceMemoryError, DivergedError
@@ -140,13 +144,21 @@ def settings_of_trial(
     return cfg, listed
 
 
+def scores_by_epoch(history: pd.DataFrame, monitor: str) -> npt.NDArray[np.float64]:
+    """Of the better of raw and averaged weights at the start and after each epoch, [1 + epochs]."""
+    names = [name for name in (f"val_{monitor}", f"val_ema_{monitor}") if name in history]
+    values = history[names].to_numpy(dtype=np.float64) * (-1 if monitor == "loss" else 1)
+    return np.asarray(np.where(np.isnan(values), -np.inf, values).max(axis=1))
+
+
 def make_objective(
     spaces: Mapping[str, Space], fixed: Settings, folder: Path
 ) -> Callable[[Any], float]:
     """The function from a trial to its score: that of its best epoch on the validation images.
 
-    A trial trains in a folder of its own, from where it was left, and nothing stays of it. The
-    probe that training may begin with is shared.
+    The start does not count: a probe that no trial betters would make all trials equal. A trial
+    trains in a folder of its own, from where it was left, and nothing stays of it. The probe that
+    training may begin with is shared.
     """
     opened: dict[tuple[Any, ...], dict[str, EmotionDataset]] = {}
 
@@ -158,6 +170,8 @@ def make_objective(
         datasets, scratch = opened[how], folder / f"trial-{trial.number:04d}"
 
         def on_epoch(row: Mapping[str, Any], answers: Predictions) -> None:
+            if row["epoch"] == 0:
+                return
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # after a kill an epoch is reported again
                 trial.report(answers.score(cfg.MONITOR), row["epoch"])
@@ -168,8 +182,10 @@ def make_objective(
             seed_everything(cfg.SEED)
             model = make_model(cfg, datasets, folder / f"probe-{cfg.MODEL_NAME}-{cfg.IMG_SIZE}")
             result = fit(cfg, model, datasets, scratch / "checkpoints", on_epoch=on_epoch)
-            trial.set_user_attr("best_epoch", result.best_epoch)
-            return result.best_score
+            scores = scores_by_epoch(result.history, cfg.MONITOR)
+            trial.set_user_attr("start", float(scores[0]))
+            trial.set_user_attr("best_epoch", int(scores[1:].argmax()) + 1)
+            return float(scores[1:].max())
 
         try:
             score = train()
@@ -195,6 +211,8 @@ def describe_trial(trial: Any, study: Any, monitor: str) -> str:
         found = f"pruned after epoch {max(trial.intermediate_values)}"
     else:  # the score of a loss is negative
         found = f"{monitor} {abs(trial.value):.3f} in epoch {trial.user_attrs['best_epoch']}"
+        start = trial.user_attrs["start"]
+        found += f", no better than its start, {abs(start):.3f}" * (trial.value <= start)
     best = best_of(study)
     lead = "" if best is None else f"; best: trial {best.number}, {abs(best.value):.3f}"
     return f"trial {trial.number}: {found} ({values}){lead}"
