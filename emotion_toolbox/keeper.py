@@ -38,11 +38,13 @@ from emotion_toolbox.errors import (
     WeightsError,
 )
 from emotion_toolbox.files import resolve_path, write_atomically, write_text
+from emotion_toolbox.measures import Predictions
 from emotion_toolbox.settings import changed_settings, settings_hash, settings_to_json
 
 # name: position, the beginning of its best model's SHA-256 (or zeros), that of its own
 CHECKPOINT_NAME = re.compile(r"epoch(\d+)-step(\d+)-best[0-9a-f]{8}-[0-9a-f]{16}\.pt")
 BEST_NAMES = f"best-epoch*-{16 * '[0-9a-f]'}.pt"  # a pattern for glob
+OnEpoch = Callable[[Mapping[str, Any], Predictions], object]  # an epoch's row, answers to val
 
 
 @dataclass
@@ -178,9 +180,8 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
             damaged.rename(damaged.with_suffix(".damaged"))
         return forget_lost_best(folder, saved)
     if found:
-        raise CheckpointError(
-            f"all {len(found)} checkpoints in {folder} are damaged; delete it to start anew"
-        )
+        said = f"all {len(found)} checkpoints in {folder} are damaged; delete it to start anew"
+        raise CheckpointError(said)
     return None
 
 
@@ -195,9 +196,8 @@ def forget_lost_best(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
         return saved
     except CheckpointError as error:
         if saved["finished"]:
-            raise CheckpointError(
-                f"{error}, and the run is complete; delete {folder} to train anew"
-            ) from error
+            said = f"{error}, and the run is complete; delete {folder} to train anew"
+            raise CheckpointError(said) from error
         print(f"{error}; training goes on, and the best of the epochs to come counts")
         return {**saved, "best_file": None, "best_score": -math.inf}
 
@@ -261,9 +261,11 @@ class Keeper:
     keep: int = 2  # so many checkpoints
     on_error: str = "stop"  # where the disk refuses a checkpoint, or "continue" without it
     bad_steps: int = 10  # so many in a row that are not finite end the run
+    on_epoch: OnEpoch | None = None
     last: float = field(default_factory=time.monotonic, init=False)  # when it saved
     asked: threading.Event = field(default_factory=threading.Event, init=False)  # to stop
     identity: dict[str, Any] = field(default_factory=dict, init=False)
+    answers: Predictions = field(init=False)  # to the validation images, by the latest weights
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -279,10 +281,8 @@ class Keeper:
                     leftover.unlink()
                 yield
         except Timeout as error:
-            raise ConfigError(
-                f"another process is training in {self.folder}; wait for it, or choose another "
-                "RUN_NAME"
-            ) from error
+            busy = f"another process is training in {self.folder}"
+            raise ConfigError(f"{busy}; wait for it, or choose another RUN_NAME") from error
 
     def begin(
         self, settings: Any, model: nn.Module, datasets: Mapping[str, EmotionDataset]
@@ -351,15 +351,16 @@ class Keeper:
         enough = self.steps is not None and step % self.steps == 0
         return enough or time.monotonic() - self.last >= self.every or self.asked.is_set()
 
-    def note_start(self, progress: Progress, figures: Mapping[str, Any], epochs: int) -> None:
-        """Report the `figures` of the start, as epoch 0; the next checkpoint holds them."""
-        progress.history.append({"epoch": 0, **figures})
-        print(epoch_line(progress.history[0], epochs, best=True), flush=True)
+    def report(self, progress: Progress, epochs: int) -> None:
+        """Print the latest row of the history and pass it on; once more if killed before a save."""
+        row, best = progress.history[-1], progress.best_epoch == progress.epoch - 1
+        print(epoch_line(row, epochs, best), flush=True)
+        if self.on_epoch is not None:
+            self.on_epoch(row, self.answers)
 
     def end_epoch(self, training: Resumable, progress: Progress, epochs: int) -> None:
         """Report and save the epoch that `progress` has just left; raises ``Stopped`` if asked."""
-        best = progress.best_epoch == progress.epoch - 1
-        print(epoch_line(progress.history[-1], epochs, best), flush=True)
+        self.report(progress, epochs)
         self.save(training, progress)
 
     def save(self, training: Resumable, progress: Progress) -> None:
@@ -385,9 +386,10 @@ class Keeper:
             raise Stopped(f"{how}; run this cell again to go on from {place}")
 
     def save_best(
-        self, progress: Progress, score: float, loss: float, payload: Mapping[str, Any]
+        self, progress: Progress, score: float, answers: Predictions, payload: Mapping[str, Any]
     ) -> None:
         """Keep the weights of `payload` if they are the best so far, and note it in `progress`."""
+        self.answers, loss = answers, answers.loss
         better = (score, -loss) > (progress.best_score, -progress.best_loss)
         if better or progress.best_file is None:
             stem = f"best-epoch{progress.epoch:03d}"
@@ -432,10 +434,8 @@ class Keeper:
                 continue
             files = [train.split.files[i] for i in positions]
             shown = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if files[4:] else "")
-            message = (
-                f"epoch {progress.epoch + 1}, step {step + 1}: loss or gradients not finite "
-                f"({shown})"
-            )
+            place = f"epoch {progress.epoch + 1}, step {step + 1}"
+            message = f"{place}: loss or gradients not finite ({shown})"
             if progress.bad_streak >= self.bad_steps:
                 raise DivergedError(
                     f"{message}; {progress.bad_streak} such steps in a row. The last good "

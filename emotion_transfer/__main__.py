@@ -17,6 +17,7 @@ COMMANDS = {
     "attributes": "where does a model fail? accuracy by the attributes of the pictures",
     "crossval": "train and judge on several folds, so that every picture is judged once",
     "transfer": "judge models on other data sets, and adapt them with few labels or none",
+    "search": "search for better settings with Optuna, judged by validation images",
     "settings": "list all settings with their defaults and meanings",
 }
 USAGE = "usage: python -m emotion_transfer COMMAND [OPTIONS]\n\n" + "".join(

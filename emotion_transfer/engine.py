@@ -195,7 +195,7 @@ def validate_epoch(
     source = max(found, key=lambda name: found[name].score(trainer.cfg.MONITOR))
     network, score = networks[source], found[source].score(trainer.cfg.MONITOR)
     about = {"name": network.name, "classes": list(val.classes), "source": source}
-    keeper.save_best(progress, score, found[source].loss, {"model": network.state_dict(), **about})
+    keeper.save_best(progress, score, found[source], {"model": network.state_dict(), **about})
 
     spread = np.linspace(0, len(trainer.train) - 1, min(len(trainer.train), len(val)))
     clean = trainer.predict(network, trainer.train, positions=spread.round().astype(int))
@@ -222,10 +222,9 @@ def end_epoch(
     cfg, epoch, totals = trainer.cfg, progress.epoch, trainer.meter.read()
     figures = validate_epoch(trainer, val, progress, keeper)
     highest = np.max([rates_at(cfg, epoch, step, steps) for step in range(steps)], axis=0)
-    lr_head, lr_backbone = highest.tolist()
-    row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures,
-           "lr_head": lr_head, "lr_backbone": lr_backbone, "skipped_steps": totals.skipped,
-           "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
+    rates = dict(zip(("lr_head", "lr_backbone"), highest.tolist(), strict=True))
+    row = {"train_loss": totals.loss, "train_accuracy": totals.accuracy, **figures, **rates,
+           "skipped_steps": totals.skipped, "memory_mb": memory_in_use(trainer.device)}  # fmt: skip
     thawed = thaw_level(cfg, epoch) == thaw_level(cfg, cfg.EPOCHS)
     progress.end_epoch(row, totals.images, cfg.EPOCHS, cfg.PATIENCE if thawed else None)
     trainer.meter.sums.zero_()
@@ -273,7 +272,8 @@ def fit(
         progress = keeper.resume(trainer, saved)
         if not progress.history:
             start = validate_epoch(trainer, datasets["val"], progress, keeper)
-            keeper.note_start(progress, start, cfg.EPOCHS)
+            progress.history.append({"epoch": 0, **start})
+            keeper.report(progress, cfg.EPOCHS)
         with torch.autograd.set_detect_anomaly(cfg.DEBUG):
             while not progress.finished:
                 run_epoch(trainer, datasets["val"], progress, keeper)

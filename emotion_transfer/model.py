@@ -107,14 +107,13 @@ def build_model(
 ) -> EmotionClassifier:
     """The network of `cfg` for that many classes, on the CPU; its head begins as `probe`."""
     torch.manual_seed(cfg.SEED)
-    weights = None if cfg.INIT_FROM else cfg.WEIGHTS
-    backbone = make_backbone(cfg.MODEL_NAME, weights, cfg.IMG_SIZE, train_size(cfg))
-    asked = classes, cfg.DROPOUT, cfg.HEAD, cfg.START
-    head = make_head(BACKBONES[cfg.MODEL_NAME].features, *asked)
+    name, weights = cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS
+    backbone = make_backbone(name, weights, cfg.IMG_SIZE, train_size(cfg))
+    head = make_head(BACKBONES[name].features, classes, cfg.DROPOUT, cfg.HEAD, cfg.START)
     if probe is not None:
         begin = {name: torch.from_numpy(probe[name]) for name in ("weight", "bias")}
         head["output"].load_state_dict(begin)
-    model = EmotionClassifier(cfg.MODEL_NAME, backbone, head).to(memory_format=torch.channels_last)
+    model = EmotionClassifier(name, backbone, head).to(memory_format=torch.channels_last)
     model.made_for = settings_hash(cfg)
     return model
 

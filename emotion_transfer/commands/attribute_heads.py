@@ -294,7 +294,7 @@ def fit_model(
 ) -> FitResult:  # fmt: skip
     """``fit``, with heads for the attributes that `cfg` has; `model` is without them at the end.
 
-    `parts`, what makes the trainer and the keeper, are for a run without.
+    `parts` make the trainer of a run without, and the keeper.
     """
     if not isinstance(cfg, AttributeConfig) or not cfg.ATTRIBUTES:
         return fit(cfg, model, datasets, folder, augment, *parts)
@@ -307,7 +307,7 @@ def fit_model(
     statistics = [target.statistics(one) for target, one in zip(targets, train, strict=True)]
     whole = AttributeClassifier(model, targets)
     make_trainer = partial(AttributeTrainer, targets=targets, statistics=statistics)
-    result = fit(cfg, whole, datasets, folder, augment, make_trainer)
+    result = fit(cfg, whole, datasets, folder, augment, make_trainer, *parts[1:])
     costs = judge_heads(whole, targets, seen["val"], datasets["val"], cfg.IMG_SIZE, cfg.BATCH_SIZE)
     shown = ", ".join(f"{n} {'unknown there' if c != c else f'{c:.2f}'}" for n, c in costs.items())
     print(f"attribute heads on validation images (1: nothing learnt): {shown}", flush=True)

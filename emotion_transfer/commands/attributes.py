@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from emotion_toolbox.attributes import Attribute, read_attributes
 from emotion_toolbox.cache import DecodedPixels
+from emotion_toolbox.ensembles import make_ensemble
 from emotion_toolbox.errors import ConfigError, DataError, ImageError
 from emotion_toolbox.export import load_export
 from emotion_toolbox.figures import BELOW, BLUE, fit_text, new_figure, save_figure
@@ -142,7 +143,7 @@ def answers_of_export(folder: Path, root: Path, name: str) -> Answers:
     split, number = data.splits[name], [data.classes.index(c) for c in exported.classes]
     paths = [str(split.path(i)) for i in range(len(split))]
     good, predicted = [], []
-    found = answers(exported, paths)
+    found = answers(make_ensemble([exported], [folder]), paths)
     for i, (path, p) in enumerate(tqdm(found, "predicting", len(paths), unit="image", leave=False)):
         if isinstance(p, ImageError):
             tqdm.write(f"left out: {path}: {p}", file=sys.stderr)

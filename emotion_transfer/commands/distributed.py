@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from emotion_toolbox.backbones import batch_norms
@@ -32,7 +33,7 @@ from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.device import Meter, choose_amp, choose_device
 from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.errors import ConfigError, Stopped
-from emotion_toolbox.keeper import Keeper, Progress, Resumable
+from emotion_toolbox.keeper import Keeper, OnEpoch, Progress, Resumable
 from emotion_toolbox.measures import Predictions
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.config import EnhancedConfig, train_size
@@ -75,8 +76,8 @@ def joined(device: str) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(new_name(store, number, size), store)
+        store, number, size = next(rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(new_name(store, number, size), store)  # type: ignore[attr-defined]
         dist.init_process_group(kinds, store=store, rank=number, world_size=size, timeout=PATIENCE)
         stack.callback(dist.destroy_process_group)
         try:
@@ -94,7 +95,7 @@ def joined(device: str) -> Iterator[None]:
             ) from error
 
 
-def new_name(store: dist.Store, number: int, size: int) -> str:
+def new_name(store: Any, number: int, size: int) -> str:
     """A name on which these `size` processes agree, and none that torchrun has ended knew.
 
     Its store outlives a restart, and with it the addresses of processes that are no more. Counting
@@ -392,11 +393,11 @@ class SharedKeeper(Keeper):
             raise Stopped
 
     def save_best(
-        self, progress: Progress, score: float, loss: float, payload: Mapping[str, Any]
+        self, progress: Progress, score: float, answers: Predictions, payload: Mapping[str, Any]
     ) -> None:
         """Keep the weights in the first process, and note in all what it has noted."""
         if rank() == 0:
-            super().save_best(progress, score, loss, payload)
+            super().save_best(progress, score, answers, payload)
         for name, value in from_first({n: getattr(progress, n) for n in BEST}).items():
             setattr(progress, name, value)
 
@@ -408,6 +409,10 @@ class SharedKeeper(Keeper):
         return {"model": self.model.state_dict()}
 
 
-def engine_parts() -> tuple[Callable[..., Trainer], Callable[..., Keeper]]:
-    """What ``fit`` is to make: the shared trainer and keeper where there are several processes."""
-    return (SharedTrainer, SharedKeeper) if dist.is_initialized() else (Trainer, Keeper)
+def engine_parts(
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Callable[..., Trainer], Callable[..., Keeper]]:
+    """What ``fit`` is to make, for one process or several: a trainer, and a keeper that reports."""
+    shared = dist.is_initialized()
+    trainer, keeper = (SharedTrainer, SharedKeeper) if shared else (Trainer, Keeper)
+    return trainer, partial(keeper, on_epoch=on_epoch)

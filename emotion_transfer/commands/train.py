@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ from emotion_toolbox.backbones import choose_backbone
 from emotion_toolbox.batches import EmotionDataset, open_datasets
 from emotion_toolbox.cache import DecodedData
 from emotion_toolbox.device import choose_device, seed_everything
+from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.export import export_model
-from emotion_toolbox.keeper import FitResult, load_initial_weights
+from emotion_toolbox.keeper import FitResult, OnEpoch, load_initial_weights
 from emotion_toolbox.measures import Predictions, calibrate, fit_temperature, paired_test
 from emotion_toolbox.report import (
     closing_text,
@@ -24,6 +26,13 @@ from emotion_toolbox.report import (
 )
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import EmotionData
+from emotion_toolbox.tracking import (
+    TRACKERS,
+    MakeTracker,
+    epoch_recorder,
+    final_metrics,
+    find_tracker,
+)
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.commands.attribute_heads import (
     WEIGHT,
@@ -92,12 +101,12 @@ def make_model(
 
 def train_model(
     cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], run_dir: Path,
-    augment: Augment | None = None,
+    augment: Augment | None = None, on_epoch: OnEpoch | None = None,
 ) -> tuple[EmotionClassifier, FitResult]:  # fmt: skip
     """The model with its best weights, trained or taken up again in `run_dir`."""
     seed_everything(cfg.SEED)
     model = in_turn(partial(make_model, cfg, datasets, run_dir))
-    folder, parts = run_dir / "checkpoints", engine_parts()
+    folder, parts = run_dir / "checkpoints", engine_parts(on_epoch)
     return model, fit_model(cfg, model, datasets, folder, augment, parts)
 
 
@@ -109,10 +118,14 @@ def answer(
     return predict(model, data, size=size, batch_size=cfg.BATCH_SIZE, amp=amp, tta=tta)
 
 
-def train(settings: dict[str, Any], attributes: Sequence[str] = (), weight: float = WEIGHT) -> Path:
+def train(
+    settings: dict[str, Any], attributes: Sequence[str] = (), weight: float = WEIGHT,
+    make_tracker: MakeTracker | None = None,
+) -> Path:  # fmt: skip
     """Train, evaluate, compare and export as `settings` say; returns the run's folder.
 
-    With heads for `attributes`, whose loss has this `weight`; only training knows of them.
+    With heads for `attributes`, whose loss has this `weight`; only training knows of them. With
+    `make_tracker`, the run is recorded there too.
     """
     with joined(settings.get("DEVICE", "auto")):
         cfg, listed = in_turn(partial(choose_settings, settings))
@@ -120,8 +133,10 @@ def train(settings: dict[str, Any], attributes: Sequence[str] = (), weight: floa
         run_dir = make_run_folder(whole, listed)
         print(run_dir, flush=True)
         decoded, datasets = in_turn(partial(open_data, cfg, listed))
-        data, classes = decoded.data, decoded.data.classes
-        model, result = train_model(whole, datasets, run_dir)
+        data, classes, recorded = decoded.data, decoded.data.classes, dataclasses.asdict(cfg)
+        tracker = make_tracker(run_dir, recorded) if make_tracker and not rank() else None
+        on_epoch = epoch_recorder(tracker, datasets["val"]) if tracker else None
+        model, result = train_model(whole, datasets, run_dir, on_epoch=on_epoch)
         if rank():
             return run_dir  # the first process does the rest alone
     found = {split: answer(cfg, model, datasets[split], result.amp) for split in ("val", "test")}
@@ -141,12 +156,13 @@ def train(settings: dict[str, Any], attributes: Sequence[str] = (), weight: floa
         answers = test.labels, test.predicted, p.argmax(1)
         tests[name] = paired_test(*answers, resamples=cfg.BOOTSTRAP, seed=cfg.SEED)
     compared["this notebook"] = metrics["test"]
-    recorded = dataclasses.asdict(cfg)
     summary = summarise_run(
         recorded, data, datasets, result, metrics | compared, tests, temperature, raw
     )
     write_summary(run_dir / "summary.json", summary)
     export_model(run_dir / "export", model, classes, recorded, cache_size(cfg), summary)
+    if tracker:
+        tracker.log_end(summary["epochs"], recorded, final_metrics(summary))
     print(comparison_table(compared, tests).to_string())
     print(closing_text(summary, run_dir))
     return run_dir
@@ -158,11 +174,29 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=meaning
     )
+    file = "a JSON file of settings, as a search leaves its best; --set wins over it"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=file)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a JSON file; raises ``ConfigError`` where it holds no possible ones."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(settings, dict):
+            raise ValueError("no object")
+        make_config(settings)
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        needed = 'give a file of {"NAME": value, ...}, such as the best.json of a search'
+        raise ConfigError(f"--config {file}: {needed} ({error})") from error
+    return settings
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that ``--set`` gave."""
-    return dict(parse_setting(EnhancedConfig, text) for text in args.set)
+    """The settings that ``--config`` and ``--set`` gave."""
+    kept = {} if args.config is None else read_settings(args.config)
+    return kept | dict(parse_setting(EnhancedConfig, text) for text in args.set)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,6 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_settings(parser)
     add_attribute_options(parser)
+    kinds = "keep a record for TensorBoard or MLflow too, with each epoch's confusion matrix"
+    parser.add_argument("--logger", choices=tuple(TRACKERS), help=kinds)
     args = parser.parse_args(arguments)
-    train(settings_of(args), *attributes_of(args))
+    make_tracker = find_tracker(args.logger) if args.logger else None
+    train(settings_of(args), *attributes_of(args), make_tracker)
     return 0
