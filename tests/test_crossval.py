@@ -331,6 +331,11 @@ def test_the_command_names_what_is_wrong(cfg, tiny_root, tmp_path, capsys, more,
     assert {path.name for path in tmp_path.iterdir()} == {"tiny"}
 
 
+def test_a_rate_chosen_by_images_that_are_judged_is_refused(cfg, capsys):
+    assert program.main(["crossval", "--set", *as_arguments(cfg), "LR_BACKBONE=auto"]) == 1
+    assert "LR_BACKBONE='auto' is not for crossval" in capsys.readouterr().err
+
+
 def test_the_same_picture_twice_is_refused_or_allowed(cfg, tiny_root, capsys):
     """Between two splits a run refuses it, too; in one it is harmless there, but not here."""
     for number in range(8):

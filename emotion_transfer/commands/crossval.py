@@ -284,6 +284,8 @@ def crossval(
     """Train and judge every fold that is not there yet; returns the folder that has it all."""
     if folds < 2:  # before anything is read
         raise ConfigError(f"--folds {folds}: give 2 or more")
+    if settings.get("LR_BACKBONE") == "auto":  # would be chosen by images that are judged here
+        raise ConfigError("LR_BACKBONE='auto' is not for crossval; give a number")
     cfg, listed = choose_settings(settings)
     pool = open_pool(cfg, listed, folds, column, judged)
     folder = fold_folder(cfg, listed, pool)
