@@ -52,14 +52,14 @@ class Tracker(Protocol):
         """Record the settings and the final `metrics` of a run that ended with `epoch`."""
 
 
+MakeTracker = Callable[[Path, Mapping[str, Any]], Tracker]  # of a run's folder and settings
+
+
 def figure_pixels(figure: Figure) -> Picture:
     """A figure as it is saved, uint8 [H, W, 3]."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return np.asarray(Image.open(buffer).convert("RGB"))
-
-
-MakeTracker = Callable[[Path, Mapping[str, Any]], Tracker]  # of a run's folder and settings
 
 
 # --- TensorBoard --------------------------------------------------------------------------------
@@ -115,8 +115,9 @@ class MLflowTracker:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         mlflow, self.entities = need("mlflow", "mlflow"), need("mlflow.entities", "mlflow")
         root = run_dir.parent
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-        artifacts = None if "MLFLOW_TRACKING_URI" in os.environ else root / "mlflow-artifacts"
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = given or f"sqlite:///{root / 'mlflow.db'}"
+        artifacts = None if given else root / "mlflow-artifacts"
         try:
             self.client = mlflow.MlflowClient(tracking_uri=uri)
             self.run = self._find(run_dir / "mlflow-run")

@@ -143,7 +143,7 @@ def worker(folder: Path, *arguments: int) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "tests" / "search_worker.py"), str(folder)]
     return subprocess.Popen(
         [*command, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
