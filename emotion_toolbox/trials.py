@@ -121,8 +121,10 @@ def choosing(folder: Path) -> FileLock:
 
 
 def make_sampler(seed: int, number: int) -> Any:
-    """What draws the values of trial `number`: a tree-structured Parzen estimator (TPE, Bergstra
-    et al. 2011), which takes the trials in work elsewhere for bad ones, so as not to repeat them.
+    """What draws the values of trial `number`.
+
+    A tree-structured Parzen estimator (TPE, Bergstra et al. 2011), which takes the trials in work
+    elsewhere for bad ones, so as not to repeat them.
     """
     optuna = need("optuna", "search")
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -225,6 +227,7 @@ def importances(study: Any) -> dict[str, float]:
     """
     optuna = need("optuna", "search")
     complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) < 2:
+    values = {trial.value for trial in complete}
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return {}
     return dict(optuna.importance.get_param_importances(study))

@@ -283,6 +283,7 @@ def test_train_takes_the_best_settings(cfg, capsys):
     assert losses.min() == pytest.approx(-best["score"], rel=1e-12)
     assert history["epoch"][losses.idxmin()] == best["best_epoch"]
 
+    (folder / "trials.csv").unlink()
     assert command(cfg, "--trials", "3") == 0  # is done
     pd.testing.assert_frame_equal(pd.read_csv(folder / "trials.csv"), table)
 

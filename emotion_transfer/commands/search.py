@@ -289,6 +289,7 @@ def search(settings: Settings, texts: Sequence[str], trials: int, name: str | No
         run_trials(study, objective, folder, trials, cfg.SEED, report)
     finally:
         if best_of(study) is not None:
+            write_tables(study, folder, spaces, fixed)
             note = figure_note(listed.synthetic, cfg.MODEL_NAME, cfg.DEBUG)
             score = {"macro_f1": "macro F1", "loss": "loss, negative"}.get(cfg.MONITOR, cfg.MONITOR)
             write_figures(study, folder, spaces, f"validation {score}", note)
