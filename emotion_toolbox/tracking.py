@@ -1,5 +1,6 @@
 """Records of a run for TensorBoard and MLflow, beside the files that it writes anyway."""
 
+import io
 import os
 import re
 import time
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from emotion_toolbox.batches import EmotionDataset
@@ -18,6 +20,7 @@ from emotion_toolbox.figures import (
     GREEN,
     RED,
     Names,
+    Picture,
     Pictures,
     plot_confusion,
     plot_image_grid,
@@ -52,6 +55,13 @@ class Tracker(Protocol):
 MakeTracker = Callable[[Path, Mapping[str, Any]], Tracker]  # of a run's folder and settings
 
 
+def figure_pixels(figure: Figure) -> Picture:
+    """A figure as it is saved, uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
 # --- TensorBoard --------------------------------------------------------------------------------
 
 
@@ -76,7 +86,7 @@ class TensorBoardTracker:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch)
         for tag, figure in figures.items():
-            writer.add_figure(tag, figure, epoch)
+            writer.add_image(tag, figure_pixels(figure), epoch, dataformats="HWC")
         writer.flush()
 
     def log_end(
@@ -105,8 +115,9 @@ class MLflowTracker:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         mlflow, self.entities = need("mlflow", "mlflow"), need("mlflow.entities", "mlflow")
         root = run_dir.parent
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-        artifacts = None if "MLFLOW_TRACKING_URI" in os.environ else root / "mlflow-artifacts"
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = given or f"sqlite:///{root / 'mlflow.db'}"
+        artifacts = None if given else root / "mlflow-artifacts"
         try:
             self.client = mlflow.MlflowClient(tracking_uri=uri)
             self.run = self._find(run_dir / "mlflow-run")

@@ -120,19 +120,28 @@ def choosing(folder: Path) -> FileLock:
     return FileLock(folder / ".lock")
 
 
+def make_sampler(seed: int, number: int) -> Any:
+    """What draws the values of trial `number`.
+
+    A tree-structured Parzen estimator (TPE, Bergstra et al. 2011), which takes the trials in work
+    elsewhere for bad ones, so as not to repeat them.
+    """
+    optuna = need("optuna", "search")
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=state, constant_liar=True)
+
+
 def claim_trial(study: Any, folder: Path, total: int, seed: int) -> Claim | None:
     """A trial that a process has left, or else a new one; None where `total` are done or in work.
 
     What is drawn follows from `seed` and the trial's number, so a search that was stopped goes on
     as it would have.
     """
-    optuna = need("optuna", "search")
+    trial_class = need("optuna", "search").Trial
 
     def lock_of(number: int) -> FileLock:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            study.sampler = optuna.samplers.TPESampler(seed=state, constant_liar=True)
         lock = FileLock(folder / f".trial-{number:04d}.lock", timeout=0)
         lock.acquire()
         return lock
@@ -143,10 +152,12 @@ def claim_trial(study: Any, folder: Path, total: int, seed: int) -> Claim | None
             if not left.state.is_finished():
                 with contextlib.suppress(Timeout):
                     lock = lock_of(left.number)
-                    return Claim(optuna.Trial(study, left._trial_id), lock)
+                    study.sampler = make_sampler(seed, left.number)
+                    return Claim(trial_class(study, left._trial_id), lock)
         if len(known) >= total:
             return None
         lock = lock_of(len(known))
+        study.sampler = make_sampler(seed, len(known))
         return Claim(study.ask(), lock)
 
 
@@ -216,6 +227,7 @@ def importances(study: Any) -> dict[str, float]:
     """
     optuna = need("optuna", "search")
     complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    if len({trial.value for trial in complete}) < 2:
+    values = {trial.value for trial in complete}
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return {}
     return dict(optuna.importance.get_param_importances(study))

@@ -153,15 +153,38 @@ def scores_by_epoch(history: pd.DataFrame, monitor: str) -> npt.NDArray[np.float
     return np.asarray(np.where(np.isnan(values), -np.inf, values).max(axis=1))
 
 
+def train_trial(
+    trial: Any, cfg: EnhancedConfig, datasets: Mapping[str, EmotionDataset], scratch: Path
+) -> float:
+    """Train in `scratch`, or go on there, and return the score of the best epoch.
+
+    The start does not count: a probe that no trial betters would make all trials equal. The probe
+    itself is shared by the trials of a search.
+    """
+
+    def on_epoch(row: Mapping[str, Any], answers: Predictions) -> None:
+        if row["epoch"] == 0:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # after a kill an epoch is reported again
+            trial.report(answers.score(cfg.MONITOR), row["epoch"])
+        if row["epoch"] < cfg.EPOCHS and trial.should_prune():
+            raise need("optuna", "search").TrialPruned
+
+    seed_everything(cfg.SEED)
+    model = make_model(cfg, datasets, scratch.parent / f"probe-{cfg.MODEL_NAME}-{cfg.IMG_SIZE}")
+    make_keeper = partial(Keeper, on_epoch=on_epoch)
+    result = fit(cfg, model, datasets, scratch / "checkpoints", make_keeper=make_keeper)
+    scores = scores_by_epoch(result.history, cfg.MONITOR)
+    trial.set_user_attr("start", float(scores[0]))
+    trial.set_user_attr("best_epoch", int(scores[1:].argmax()) + 1)
+    return float(scores[1:].max())
+
+
 def make_objective(
     spaces: Mapping[str, Space], fixed: Settings, folder: Path
 ) -> Callable[[Any], float]:
-    """The function from a trial to its score: that of its best epoch on the validation images.
-
-    The start does not count: a probe that no trial betters would make all trials equal. A trial
-    trains in a folder of its own, from where it was left, and nothing stays of it. The probe that
-    training may begin with is shared.
-    """
+    """The function from a trial to its score on the validation images; larger is better."""
     opened: dict[tuple[Any, ...], dict[str, EmotionDataset]] = {}
 
     def objective(trial: Any) -> float:
@@ -169,39 +192,17 @@ def make_objective(
         how = cache_size(cfg), cfg.FIT, cfg.DEBUG and cfg.BATCH_SIZE
         if how not in opened:
             opened[how] = open_data(cfg, listed)[1]
-        datasets, scratch = opened[how], folder / f"trial-{trial.number:04d}"
-
-        def on_epoch(row: Mapping[str, Any], answers: Predictions) -> None:
-            if row["epoch"] == 0:
-                return
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # after a kill an epoch is reported again
-                trial.report(answers.score(cfg.MONITOR), row["epoch"])
-            if row["epoch"] < cfg.EPOCHS and trial.should_prune():
-                raise need("optuna", "search").TrialPruned
-
-        def train() -> float:
-            seed_everything(cfg.SEED)
-            model = make_model(cfg, datasets, folder / f"probe-{cfg.MODEL_NAME}-{cfg.IMG_SIZE}")
-            make_keeper = partial(Keeper, on_epoch=on_epoch)
-            result = fit(cfg, model, datasets, scratch / "checkpoints", make_keeper=make_keeper)
-            scores = scores_by_epoch(result.history, cfg.MONITOR)
-            trial.set_user_attr("start", float(scores[0]))
-            trial.set_user_attr("best_epoch", int(scores[1:].argmax()) + 1)
-            return float(scores[1:].max())
-
         try:
-            score = train()
+            return train_trial(trial, cfg, opened[how], scratch_of(folder, trial.number))
         except (DivergedError, DeviceMemoryError) as error:
-            shutil.rmtree(scratch)
             refuse(trial, error)
-        except need("optuna", "search").TrialPruned:
-            shutil.rmtree(scratch)
-            raise
-        shutil.rmtree(scratch)
-        return score
 
     return objective
+
+
+def scratch_of(folder: Path, number: int) -> Path:
+    """Where a trial trains; nothing of it stays once the trial has ended."""
+    return folder / f"trial-{number:04d}"
 
 
 def describe_trial(trial: Any, study: Any, monitor: str) -> str:
@@ -282,6 +283,7 @@ def search(settings: Settings, texts: Sequence[str], trials: int, name: str | No
     print(folder, flush=True)
 
     def report(trial: Any) -> None:
+        shutil.rmtree(scratch_of(folder, trial.number), ignore_errors=True)
         print(describe_trial(trial, study, cfg.MONITOR))
         write_tables(study, folder, spaces, fixed)
 
@@ -290,9 +292,10 @@ def search(settings: Settings, texts: Sequence[str], trials: int, name: str | No
         run_trials(study, objective, folder, trials, cfg.SEED, report)
     finally:
         if best_of(study) is not None:
+            write_tables(study, folder, spaces, fixed)
             note = figure_note(listed.synthetic, cfg.MODEL_NAME, cfg.DEBUG)
-            score = "validation " + ("loss, negative" if cfg.MONITOR == "loss" else cfg.MONITOR)
-            write_figures(study, folder, spaces, score, note)
+            score = {"macro_f1": "macro F1", "loss": "loss, negative"}.get(cfg.MONITOR, cfg.MONITOR)
+            write_figures(study, folder, spaces, f"validation {score}", note)
     return folder
 
 
