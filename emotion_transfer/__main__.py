@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train, evaluate, compare and export, without the notebook",
     "prepare": "write the lists of images that the notebook reads, from folders, EmoSet or tables",
     "predict": "say which emotion pictures evoke",
+    "app": "show on a page in the browser what a model says of pictures, and why",
     "onnx": "write a model as one ONNX file that does all but the decoding",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
