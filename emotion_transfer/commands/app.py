@@ -49,8 +49,9 @@ BEGIN = (
 )
 CSS = """
 .html-container { padding: 0 !important }
-mark:not(:empty) { background: #FFD54F; color: black; padding: 2px 6px; border-radius: 4px }
-[role=alert] { border-left: 4px solid #D55E00; padding-left: 8px }
+mark:not(:empty) { background: #FFD54F; color: black; padding: 2px 6px; border-radius: 4px;
+                   display: inline-block }
+[role=alert] { border-left: 4px solid #D55E00; padding-left: 8px; display: inline-block }
 """
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
