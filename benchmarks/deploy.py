@@ -3,7 +3,9 @@
 FOLDER is an export, or a run that has one; DIR the data it was trained on. Both answer to the test
 images of DIR, decoded once. Latency is that of one image, throughput that of batches of 32, on as
 many threads as there are cores; each repeat times all of them in turn, and what is given is the
-median of the ratios within repeats, between their extremes.
+median of the ratios within repeats, between their extremes. Last, how far probabilities move where
+a file is made square with Pillow or torchvision alone instead of by this project's decoder, for an
+image the median and the extremes.
 """
 
 import argparse
@@ -16,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from benchmarks.measure import cores, interleave
 from benchmarks.results import describe_machine, describe_versions
 from emotion_toolbox.cache import DecodedPixels
 from emotion_toolbox.device import choose_device
-from emotion_toolbox.export import load_export, predict_squares
+from emotion_toolbox.export import ExportedModel, load_export, predict_squares
 from emotion_toolbox.paired import resample_mean
+from emotion_toolbox.pixels import Floats
 from emotion_toolbox.tables import load_splits
 from emotion_transfer.commands.onnx import (
     INPUT,
@@ -36,6 +42,7 @@ from emotion_transfer.commands.onnx import (
 from emotion_transfer.commands.predict import find_export, network_of
 
 Answer = Callable[[Squares], Any]
+Differences = dict[str, list[float]]  # for each image, of its probabilities the largest
 
 
 def seconds_an_image(answer: Answer, squares: Squares, batch: int, at_least: float) -> float:
@@ -52,6 +59,25 @@ def spread(values: list[float]) -> dict[str, float]:
     """The median and the extremes."""
     low, value, high = np.percentile(values, [0, 50, 100])
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def plain_squares(file: Path, side: int, size: int) -> dict[str, npt.NDArray[np.uint8]]:
+    """An image file, resized to `side` and cropped to `size` pixels, with other libraries alone."""
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    resized = resize(image, [side], InterpolationMode.BICUBIC)
+    made = {"pillow": square, "torchvision": resized}
+    return {name: np.asarray(center_crop(picture, [size])) for name, picture in made.items()}
+
+
+def compare_preparations(exported: ExportedModel, files: list[Path], found: Floats) -> Differences:
+    """The largest change of a probability of each file against `found` [N, C], by library."""
+    squares = [plain_squares(file, exported.resize, exported.image_size) for file in files]
+    changes = {}
+    for name in squares[0]:
+        answers = [predict_squares(exported, [made[name]])[0] for made in squares]
+        changes[f"{name}_probability_difference"] = np.abs(answers - found).max(1).tolist()
+    return changes
 
 
 def measure(folder: Path, root: Path, repeats: int, at_least: float) -> dict[str, Any]:
@@ -93,12 +119,39 @@ def measure(folder: Path, root: Path, repeats: int, at_least: float) -> dict[str
         "int8_time_in_batches_vs_torch": against_torch("int8", 32),
         "int8_accuracy_difference": resample_mean((hits["int8"] - hits["torch"])[None]).to_json(),
     }
+    if exported.fit == "crop":
+        files = [test.path(index) for index in range(len(test))]
+        plain = compare_preparations(exported, files, found["torch"])
+        summary |= {name: spread(changes) for name, changes in plain.items()}
     accuracy = {name: float(right.mean()) for name, right in hits.items()}
     return {
         "summary": summary, "accuracy": accuracy, **sizes, "images": len(test), "threads": cores(),
         "image_size": exported.image_size,
         "seconds_an_image": {str(batch): found for batch, found in times.items()},
     }  # fmt: skip
+
+
+def figures_table(result: dict[str, Any]) -> str:
+    """The summary as the Markdown table of docs/deployment.md."""
+
+    def show(name: str, form: str, scale: float = 1) -> str:
+        value, low, high = (
+            scale * result["summary"][name][key] for key in ("value", "low", "high")
+        )
+        return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+    largest = result["summary"]["onnx_max_probability_difference"]["value"]
+    lines = [
+        f"| largest difference of a probability, {result['images']} pictures | {largest:.1e} | |",
+        "| time for one picture, PyTorch's being 1 | "
+        f"{show('onnx_latency_vs_torch', '.2f')} | {show('int8_latency_vs_torch', '.2f')} |",
+        "| the same in batches of 32 | {} | {} |".format(
+            *(show(f"{name}_time_in_batches_vs_torch", ".2f") for name in ("onnx", "int8"))
+        ),
+        f"| accuracy less PyTorch's, points | | {show('int8_accuracy_difference', '+.1f', 100)} |",
+        f"| size of the file, MB | {result['onnx_mb']:.1f} | {result['int8_mb']:.1f} |",
+    ]
+    return "\n".join(["| | ONNX | int8 |", "|---|---|---|", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     result |= {"machine": describe_machine(choose_device("cpu")), "versions": describe_versions()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["summary"], indent=1))
+    print(figures_table(result), json.dumps(result["summary"], indent=1), sep="\n\n")
     return 0
 
 

@@ -198,8 +198,7 @@ def plot_rows(rows: Mapping[str, Pictures], title: str = "") -> Figure:
     columns = len(images) // len(rows)
     fig = plot_image_grid(images, [""] * len(images), columns, title, inches=1.3)
     for label, ax in zip(rows, fig.axes[::columns], strict=True):
-        name = fit_text(label, 1.3, 9, lines=4)
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", size=9)
+        ax.set_ylabel(fit_text(label, 1.3, 9, lines=4), rotation=0, ha="right", va="center", size=9)
     return fig
 
 
@@ -332,16 +331,19 @@ def plot_mistakes(
     return plot_image_grid(images, titles, 8, title, [colours[t] for t, _, _ in rows])
 
 
-def plot_gradcam(images: Picture, maps: npt.NDArray[Any], titles: Names) -> Figure:
-    """Images (uint8, [N, H, W, 3]), each beside its overlay with a heat map ([N, h, w], 0 to 1)."""
-    count, height, width = images.shape[:3]
-    factors = (1, height / maps.shape[1], width / maps.shape[2])
+def overlay_heat(images: Picture, maps: npt.NDArray[Any]) -> Picture:
+    """Images (uint8, [N, H, W, 3]) under their heat maps ([N, h, w], 0 to 1), uint8."""
+    factors = (1, images.shape[1] / maps.shape[1], images.shape[2] / maps.shape[2])
     heat = zoom(maps, factors, order=1, mode="nearest", grid_mode=True)  # bilinear
     opacity = 0.75 * heat[..., None]  # so that the image is seen through the hottest region too
     colours = 255 * sns.color_palette("inferno", as_cmap=True)(heat)[..., :3]
-    overlay = (1 - opacity) * images + opacity * colours
-    gap = np.full((count, height, max(1, width // 32), 3), 255)
-    pairs = np.concatenate([images, gap, overlay.round()], axis=2).astype(np.uint8)
+    return np.asarray(((1 - opacity) * images + opacity * colours).round(), dtype=np.uint8)
+
+
+def plot_gradcam(images: Picture, maps: npt.NDArray[Any], titles: Names) -> Figure:
+    """Images (uint8, [N, H, W, 3]), each beside its overlay with a heat map ([N, h, w], 0 to 1)."""
+    gap = np.full_like(images[:, :, : max(1, images.shape[2] // 32)], 255)
+    pairs = np.concatenate([images, gap, overlay_heat(images, maps)], axis=2)
     coarse = f"in a map of only {maps.shape[1]} x {maps.shape[2]} cells"
     title = f"Left: the image. Right: what argued for the answer (bright yellow), {coarse}"
     return plot_image_grid(pairs, titles, 4, title)

@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": "say which emotion pictures evoke",
     "ensemble": "compare several models, and views of a picture, with their mean",
     "threshold": "choose the probability below which a model is not sure",
+    "app": "show on a page in the browser what a model says of pictures, and why",
     "onnx": "write a model as one ONNX file that does all but the decoding",
     "lr": "try learning rates of head and backbone on training images, and suggest some",
     "ablate": "train without each ingredient of the recipe in turn: what is each worth?",
