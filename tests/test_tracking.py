@@ -266,7 +266,7 @@ def test_another_kind_of_record_needs_two_methods(cfg):
 
     made = []
     settings = dataclasses.asdict(cfg)
-    command.train({**settings, "DATASET": "files"}, Listing)
+    command.train({**settings, "DATASET": "files"}, make_tracker=Listing)
     (record,) = made
     begin, *epochs, end = record.events
     assert begin == ("begin", "run", 3)
