@@ -161,3 +161,31 @@ def test_the_command_names_what_is_wrong(cfg, capsys, more, said):
     assert status != 0
     assert said in capsys.readouterr().err
     assert WHOLE not in capsys.readouterr().out
+
+
+def test_the_table_of_ablations_is_that_of_the_notebook_and_of_the_runs():
+    found = ablations.load_ablations()
+    text = (ROOT / "notebooks" / "sections" / "12_comparison.py").read_text(encoding="utf-8")
+    shown = [line.removeprefix("# ") + "\n" for line in text.splitlines() if line[:3] == "# |"]
+    assert "".join(shown) == ablations.as_markdown(found)
+    for kept in found.values():
+        assert kept["split"] == "val" and kept["settings"]["MODEL_NAME"] == "efficientnet_lite0"
+
+
+def test_a_table_of_ablations_marks_what_chance_alone_does_not_do():
+    def made(**worth):
+        accuracy = {"value": 0.5, "low": 0.4, "high": 0.6}
+        keys = ("value", "low", "high", "included")
+        return {
+            "accuracy": accuracy,
+            "worth": {name: dict(zip(keys, each, strict=True)) for name, each in worth.items()},
+        }
+
+    table = ablations.as_markdown({
+        "a_b": made(mixing=(0.012, 0.001, 0.02, True), colour=(-0.01, -0.03, 0.01, False)),
+        "c": made(mixing=(-0.02, -0.03, -0.01, False)),
+    }).splitlines()  # fmt: skip
+    assert table[0] == "| ingredient | in the recipe | a b | c |"
+    assert table[2].endswith("| 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |")
+    assert table[3] == "| mixing | on some | **+1.2 [+0.1, +2.0]** | **-2.0 [-3.0, -1.0]** |"
+    assert table[4] == "| colour | no | -1.0 [-3.0, +1.0] |  |"
