@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from small_run import as_arguments, file_datasets, install_small_network, small_config
 
+from benchmarks import ablations
 from emotion_transfer import __main__ as program
 from emotion_transfer.commands import ablate
 from emotion_transfer.commands.ablate import WHOLE, ingredients, worth
@@ -165,7 +167,9 @@ def test_the_command_names_what_is_wrong(cfg, capsys, more, said):
 
 def test_the_table_of_ablations_is_that_of_the_notebook_and_of_the_runs():
     found = ablations.load_ablations()
-    text = (ROOT / "notebooks" / "sections" / "12_comparison.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "notebooks" / "sections" / "12_comparison.py").read_text(
+        encoding="utf-8"
+    )
     shown = [line.removeprefix("# ") + "\n" for line in text.splitlines() if line[:3] == "# |"]
     assert "".join(shown) == ablations.as_markdown(found)
     for kept in found.values():
