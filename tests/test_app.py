@@ -212,6 +212,7 @@ def test_it_starts_serves_and_ends_quietly(folder, tmp_path):
     scratch.mkdir()
     asked = ["app", "--model", str(folder), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # dead
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     running = subprocess.Popen(
         [sys.executable, "-m", "emotion_transfer", *asked], cwd=tmp_path, env=environment,
@@ -219,7 +220,8 @@ def test_it_starts_serves_and_ends_quietly(folder, tmp_path):
     )  # fmt: skip
     try:
         assert running.stdout.readline() == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
-        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode()
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        page = direct.open(f"http://127.0.0.1:{port}/").read().decode()
         assert "Which emotion does this picture evoke?" in page
         assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
         assert list(scratch.glob("emotion-transfer-*/examples/awe.png"))
