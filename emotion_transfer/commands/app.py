@@ -124,13 +124,15 @@ def answer(exported: ExportedModel, given: Mapping[str, Any] | None) -> Answer:
 
 
 def example_files(exported: ExportedModel, given: Path | None, folder: Path) -> list[Path]:
-    """Pictures to try, in `folder`: copies of the first in `given`; None: drawn, for the sample.
+    """Pictures to try, in `folder`: copies of some in `given`; None: drawn, for the sample.
 
     Raises ``DataError`` if `given` holds no images.
     """
     files = []
     if given is not None:
-        for number, image in enumerate(list_files(given)[0][:EXAMPLES]):
+        images = list_files(given)[0]
+        step = max(1, len(images) // EXAMPLES)  # spread, for classes lie side by side
+        for number, image in enumerate(images[::step][:EXAMPLES]):
             files.append(folder / str(number) / image.name)
             files[-1].parent.mkdir(parents=True)
             shutil.copyfile(image, files[-1])
