@@ -1,11 +1,12 @@
 """ONNX against PyTorch: ``python -m benchmarks.deploy --model FOLDER --data DIR``.
 
 FOLDER is an export, or a run that has one; DIR the data it was trained on. Both answer to the test
-images of DIR, decoded once. Latency is that of one image, throughput that of batches of 32, on as
-many threads as there are cores; each repeat times all of them in turn, and what is given is the
-median of the ratios within repeats, between their extremes. Last, how far probabilities move where
-a file is made square with Pillow or torchvision alone instead of by this project's decoder, for an
-image the median and the extremes.
+images of DIR, decoded once. Latency is that of one image, throughput that of batches of 32; each
+repeat times all of them in turn, and what is given is the median of the ratios within repeats,
+between their extremes. On a machine that does other work, take --threads 1: several wait for the
+last of them. Last, how far probabilities move where a file is made square with Pillow or
+torchvision alone instead of by this project's decoder: the largest change of an image, its median
+and extremes over the images.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
-from benchmarks.measure import cores, interleave
+from benchmarks.measure import cores, interleave, threads
 from benchmarks.results import describe_machine, describe_versions
 from emotion_toolbox.cache import DecodedPixels
 from emotion_toolbox.device import choose_device
@@ -80,20 +82,33 @@ def compare_preparations(exported: ExportedModel, files: list[Path], found: Floa
     return changes
 
 
-def measure(folder: Path, root: Path, repeats: int, at_least: float) -> dict[str, Any]:
-    """The summary, and what it was taken from."""
-    exported = load_export(folder, network_of)
-    test = load_splits(root).splits["test"]
-    pixels = DecodedPixels(test, exported.resize, cores(), exported.fit)
-    squares = pixels[np.arange(len(test))]
+def make_paths(
+    exported: ExportedModel, root: Path, count: int
+) -> tuple[dict[str, Answer], dict[str, float]]:
+    """What answers to decoded pictures, on `count` threads, and the sizes of the files in MB."""
     with tempfile.TemporaryDirectory() as work:
         full = export_onnx(exported, Path(work) / "full.onnx")
         small = quantize(full, calibration_squares(exported, root), Path(work) / "int8.onnx")
         sizes = {"onnx_mb": full.stat().st_size / 1e6, "int8_mb": small.stat().st_size / 1e6}
-        sessions = {"onnx": open_onnx(full), "int8": open_onnx(small)}
+        sessions = {"onnx": open_onnx(full, count), "int8": open_onnx(small, count)}
     answers: dict[str, Answer] = {"torch": lambda some: predict_squares(exported, list(some))}
     for name, session in sessions.items():
-        answers[name] = lambda some, run=session.run: run([OUTPUT], {INPUT: some})[0]
+        answers[name] = partial(run_session, session)
+    return answers, sizes
+
+
+def run_session(session: Any, squares: Squares) -> Any:
+    """Probabilities [N, C] of decoded pictures."""
+    return session.run([OUTPUT], {INPUT: squares})[0]
+
+
+def measure(folder: Path, root: Path, repeats: int, at_least: float, count: int) -> dict[str, Any]:
+    """The summary, and what it was taken from, on `count` threads."""
+    exported = load_export(folder, network_of)
+    test = load_splits(root).splits["test"]
+    pixels = DecodedPixels(test, exported.resize, cores(), exported.fit)
+    squares = pixels[np.arange(len(test))]
+    answers, sizes = make_paths(exported, root, count)
     parts = [slice(i, i + 32) for i in range(0, len(squares), 32)]
     found = {n: np.concatenate([ask(squares[p]) for p in parts]) for n, ask in answers.items()}
     hits = {name: (p.argmax(1) == test.labels).astype(float) for name, p in found.items()}
@@ -125,14 +140,14 @@ def measure(folder: Path, root: Path, repeats: int, at_least: float) -> dict[str
         summary |= {name: spread(changes) for name, changes in plain.items()}
     accuracy = {name: float(right.mean()) for name, right in hits.items()}
     return {
-        "summary": summary, "accuracy": accuracy, **sizes, "images": len(test), "threads": cores(),
+        "summary": summary, "accuracy": accuracy, **sizes, "images": len(test), "threads": count,
         "image_size": exported.image_size,
         "seconds_an_image": {str(batch): found for batch, found in times.items()},
     }  # fmt: skip
 
 
-def figures_table(result: dict[str, Any]) -> str:
-    """The summary as the Markdown table of docs/deployment.md."""
+def figures_tables(result: dict[str, Any]) -> tuple[str, str]:
+    """The summary as the two Markdown tables of docs/deployment.md."""
 
     def show(name: str, form: str, scale: float = 1) -> str:
         value, low, high = (
@@ -140,18 +155,27 @@ def figures_table(result: dict[str, Any]) -> str:
         )
         return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
+    latency, batches = (
+        " | ".join(show(f"{name}_{what}_vs_torch", ".2f") for name in ("onnx", "int8"))
+        for what in ("latency", "time_in_batches")
+    )
     largest = result["summary"]["onnx_max_probability_difference"]["value"]
-    lines = [
-        f"| largest difference of a probability, {result['images']} pictures | {largest:.1e} | |",
-        "| time for one picture, PyTorch's being 1 | "
-        f"{show('onnx_latency_vs_torch', '.2f')} | {show('int8_latency_vs_torch', '.2f')} |",
-        "| the same in batches of 32 | {} | {} |".format(
-            *(show(f"{name}_time_in_batches_vs_torch", ".2f") for name in ("onnx", "int8"))
-        ),
+    files = [
+        "| | ONNX | int8 |",
+        "|---|---|---|",
+        f"| time for one picture, PyTorch's being 1 | {latency} |",
+        f"| the same in batches of 32 | {batches} |",
+        f"| largest difference of a probability | {largest:.1e} | |",
         f"| accuracy less PyTorch's, points | | {show('int8_accuracy_difference', '+.1f', 100)} |",
         f"| size of the file, MB | {result['onnx_mb']:.1f} | {result['int8_mb']:.1f} |",
     ]
-    return "\n".join(["| | ONNX | int8 |", "|---|---|---|", *lines])
+    squares = [
+        "| square made by | largest change of a probability |",
+        "|---|---|",
+        f"| Pillow: `fit`, as above | {show('pillow_probability_difference', '.3f')} |",
+        f"| torchvision: `Resize` | {show('torchvision_probability_difference', '.3f')} |",
+    ]
+    return "\n".join(files), "\n".join(squares)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,13 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="DATA_ROOT")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one repeat")
+    parser.add_argument("--threads", type=int, default=cores(), help="default: one a core")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/deploy.json"))
     args = parser.parse_args(arguments)
-    result = measure(find_export(args.model), args.data, args.repeats, args.seconds)
-    result |= {"machine": describe_machine(choose_device("cpu")), "versions": describe_versions()}
+    with threads(args.threads):
+        asked = args.repeats, args.seconds, args.threads
+        result = measure(find_export(args.model), args.data, *asked)
+    versions = {**describe_versions(), "onnxruntime": version("onnxruntime")}
+    result |= {"machine": describe_machine(choose_device("cpu")), "versions": versions}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(figures_table(result), json.dumps(result["summary"], indent=1), sep="\n\n")
+    print(*figures_tables(result), json.dumps(result["summary"], indent=1), sep="\n\n")
     return 0
 
 

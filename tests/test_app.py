@@ -153,15 +153,15 @@ def test_examples_are_drawn_for_the_sample_only(exported, tmp_path):
     assert app.example_files(own, None, tmp_path / "none") == []
 
 
-def test_examples_of_a_folder_are_its_first_images(exported, image, tmp_path):
+def test_examples_of_a_folder_are_spread_over_it(exported, image, tmp_path):
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
-    for number in range(app.EXAMPLES):
-        shutil.copy(image, source / "deep" / f"{number}.png")
+    for number in range(2 * app.EXAMPLES):
+        shutil.copy(image, source / "deep" / f"{number:02d}.png")
     shutil.copy(image, source / "a.png")
     (source / "notes.txt").write_text("no picture")
     found = app.example_files(exported, source, tmp_path / "copies")
-    names = ["a.png", *(f"{number}.png" for number in range(app.EXAMPLES - 1))]
+    names = ["a.png", *(f"{number:02d}.png" for number in range(1, 2 * app.EXAMPLES - 2, 2))]
     assert [file.name for file in found] == names
     assert all(file.is_relative_to(tmp_path / "copies") and file.is_file() for file in found)
     (tmp_path / "empty").mkdir()
@@ -212,6 +212,7 @@ def test_it_starts_serves_and_ends_quietly(folder, tmp_path):
     scratch.mkdir()
     asked = ["app", "--model", str(folder), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # dead
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     running = subprocess.Popen(
         [sys.executable, "-m", "emotion_transfer", *asked], cwd=tmp_path, env=environment,
@@ -219,7 +220,8 @@ def test_it_starts_serves_and_ends_quietly(folder, tmp_path):
     )  # fmt: skip
     try:
         assert running.stdout.readline() == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
-        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode()
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        page = direct.open(f"http://127.0.0.1:{port}/").read().decode()
         assert "Which emotion does this picture evoke?" in page
         assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
         assert list(scratch.glob("emotion-transfer-*/examples/awe.png"))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -66,8 +67,12 @@ class Answer(NamedTuple):
 
 
 def need_gradio() -> Any:
-    """The package, told to send nothing home; ``ExportError`` where it is not installed."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    """The package, told to send and keep nothing; ``ExportError`` where it is not installed."""
+    direct = [*filter(None, [getproxies().get("no")]), "127.0.0.1", "localhost", "0.0.0.0"]
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_RUN_HISTORY": "False", "no_proxy": ",".join(direct),
+    }  # fmt: skip
     try:
         return importlib.import_module("gradio")
     except ImportError as error:
@@ -119,13 +124,15 @@ def answer(exported: ExportedModel, given: Mapping[str, Any] | None) -> Answer:
 
 
 def example_files(exported: ExportedModel, given: Path | None, folder: Path) -> list[Path]:
-    """Pictures to try, in `folder`: copies of the first in `given`; None: drawn, for the sample.
+    """Pictures to try, in `folder`: copies of some in `given`; None: drawn, for the sample.
 
     Raises ``DataError`` if `given` holds no images.
     """
     files = []
     if given is not None:
-        for number, image in enumerate(list_files(given)[0][:EXAMPLES]):
+        images = list_files(given)[0]
+        step = max(1, len(images) // EXAMPLES)  # spread, for classes lie side by side
+        for number, image in enumerate(images[::step][:EXAMPLES]):
             files.append(folder / str(number) / image.name)
             files[-1].parent.mkdir(parents=True)
             shutil.copyfile(image, files[-1])
@@ -216,7 +223,8 @@ def check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        number = error.errno or 0  # negative where the name of the host is at fault
+        reason = os.strerror(number) if number > 0 else error.strerror
         raise ConfigError(f"{host}, port {port}: {reason}; give another: --port NUMBER") from error
 
 

@@ -103,11 +103,12 @@ def export_onnx(exported: ExportedModel, file: Path) -> Path:
     return file
 
 
-def open_onnx(network: Path | bytes) -> Any:
-    """A session of ONNX Runtime for a file or its content, on the CPU, with a thread a core."""
+def open_onnx(network: Path | bytes, threads: int = 0) -> Any:
+    """A session of ONNX Runtime for a file or its content, on the CPU; 0 `threads`: one a core."""
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads
     source = network if isinstance(network, bytes) else str(network)
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
