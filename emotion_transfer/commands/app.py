@@ -224,7 +224,7 @@ def check_port(host: str, port: int) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         number = error.errno or 0  # negative where the name of the host is at fault
-        reason = os.strerror(number) if number > 0 else error.strerror
+        reason = os.strerror(number) if number > 0 else str(error.strerror).partition(" (")[0]
         raise ConfigError(f"{host}, port {port}: {reason}; give another: --port NUMBER") from error
 
 
