@@ -148,28 +148,26 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model", type=Path, action="append", required=True, help="an export, or a run with one")
     add("--data", type=Path, required=True, help="DATA_ROOT, with the three CSV files")
     add("--split", choices=("val", "test"), default="test", help="what they are compared on")
+    add("--tta", nargs="+", choices=VIEWS, default=VIEWS, help="views to compare (default: all)")
     add("--device", default="cpu", help="cpu (default), cuda, mps or auto")
     add("--json", type=table_file, metavar="FILE", help="write the figures there")
     args = parser.parse_args(arguments)
     ensemble, folders = load_ensemble(args.model, args.device)
     names = short_names(folders)
     opened = {s: open_split(args.data, s, ensemble.classes) for s in {"val", args.split}}
-    answers = {s: answer_split(ensemble, *given, VIEWS) for s, given in opened.items()}
-    speeds = {v: [measure_speed(one, v) for one in ensemble.members] for v in VIEWS}
-    table = compare_members(names, answers[args.split], speeds, ensemble.classes)
-    result = {
-        "split": args.split,
-        "images": len(answers[args.split].labels),
-        "rows": as_json(table),
-    }
+    views = "flip" if "flip" in args.tta else args.tta[0]
+    answers = answer_split(ensemble, *opened[args.split], args.tta)
+    speeds = {v: [measure_speed(one, v) for one in ensemble.members] for v in args.tta}
+    table = compare_members(names, answers, speeds, ensemble.classes)
+    result = {"split": args.split, "images": len(answers.labels), "rows": as_json(table)}
     print(as_text(table))
     if len(names) > 1:
-        best = best_member(answers["val"], "flip")
-        test = test_together(answers[args.split], best, "flip")
+        best = best_member(answer_split(ensemble, *opened["val"], [views]), views)
+        test = test_together(answers, best, views)
         result |= {"best_on_val": names[best], "together_minus_best": test.difference.to_json(),
                    "p_value": test.p_value}  # fmt: skip
         print(
-            f"together less {names[best]} (the best one on val), accuracy with flips: "
+            f"together less {names[best]} (the best one on val), accuracy with views {views!r}: "
             f"{test.difference:+.3f}, p = {test.p_value:.3f} (McNemar)"
         )
     if args.json:
