@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import os
 import shutil
 import socket
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 
 from emotion_toolbox.decoding import MAX_IMAGE_PIXELS, decode_image, read_image_bytes
-from emotion_toolbox.errors import ConfigError, DataError, ExportError, ImageError
+from emotion_toolbox.errors import ConfigError, DataError, ImageError
+from emotion_toolbox.extras import need
 from emotion_toolbox.export import ExportedModel, load_export, predict_squares, top_classes
 from emotion_toolbox.figures import Picture, overlay_heat
 from emotion_toolbox.pixels import Floats, prepare_images
@@ -67,16 +67,13 @@ class Answer(NamedTuple):
 
 
 def need_gradio() -> Any:
-    """The package, told to send and keep nothing; ``ExportError`` where it is not installed."""
+    """The package, told to send and keep nothing; ``ConfigError`` where it is not installed."""
     direct = [*filter(None, [getproxies().get("no")]), "127.0.0.1", "localhost", "0.0.0.0"]
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRADIO_RUN_HISTORY": "False", "no_proxy": ",".join(direct),
     }  # fmt: skip
-    try:
-        return importlib.import_module("gradio")
-    except ImportError as error:
-        raise ExportError(f"the page needs gradio ({error}); pip install -e '.[app]'") from error
+    return need("gradio", "app")
 
 
 def explain(exported: ExportedModel, data: bytes) -> tuple[Floats, Picture, str]:

@@ -9,6 +9,7 @@ mix these as they mix the emotions' targets, and that gives the mix of the two c
 zero the value is missing and costs nothing.
 """
 
+import abc
 import argparse
 import hashlib
 import os
@@ -72,7 +73,7 @@ def add_attributes(
 # --- what is learnt -----------------------------------------------------------------------------
 
 
-class Target:
+class Target(abc.ABC):
     """How one attribute is learnt, from what the training images have.
 
     `bias` [A] are the outputs of a head that knows only how frequent each value is. Multiplied by
@@ -95,17 +96,17 @@ class Target:
             )
         self.scale = 1 / base
 
+    @abc.abstractmethod
     def learn(self, attribute: Attribute) -> None:
         """Note the values of the training images, and `bias`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def statistics(self, attribute: Attribute) -> Tensor:
         """What ``cost`` needs of N images, [N, S], bool or float32; zeros for a missing value."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cost(self, outputs: Tensor, statistics: Tensor) -> Tensor:
         """The cost [B] of a head's `outputs` [B, A] for float `statistics` [B, S]."""
-        raise NotImplementedError
 
 
 class Number(Target):

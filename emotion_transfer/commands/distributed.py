@@ -313,9 +313,11 @@ class SharedTrainer(Trainer):
     @torch.no_grad()
     def average_statistics(self) -> None:
         """The running statistics of the layers that train: the mean over the processes."""
+        if self.device.type == "cuda":  # SyncBatchNorm has done it
+            return
         layers = [layer for layer in batch_norms(self.model) if layer.training]
         moving = [t for layer in layers for t in layer.buffers() if t.is_floating_point()]
-        if moving and self.device.type != "cuda":
+        if moving:
             flat = torch.cat([t.flatten() for t in moving])
             dist.all_reduce(flat)
             parts = torch.split(flat / processes(), [t.numel() for t in moving])

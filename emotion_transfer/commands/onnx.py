@@ -1,7 +1,6 @@
 """Write an export as one ONNX file: decoded pictures in, calibrated probabilities out."""
 
 import argparse
-import importlib
 import json
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from emotion_toolbox.cache import DecodedPixels
 from emotion_toolbox.errors import ExportError
+from emotion_toolbox.extras import need
 from emotion_toolbox.export import ExportedModel, load_export, predict_squares
 from emotion_toolbox.files import absolute, count_threads, write_atomically
 from emotion_toolbox.pixels import channel_constants
@@ -62,21 +62,14 @@ class AnsweringModel(nn.Module):
         return calibrated
 
 
-def need(package: str) -> Any:
-    """A package of the extra ``onnx``; raises ``ExportError`` where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(f"ONNX needs {package} ({error}); pip install -e '.[onnx]'") from error
-
-
 def export_onnx(exported: ExportedModel, file: Path) -> Path:
     """Write `exported`, which is on the CPU, to `file` and compare it with PyTorch.
 
-    Raises ``ExportError`` if a package is missing or a probability differs by more than TOLERANCE.
+    Raises ``ConfigError`` if a package is missing, and ``ExportError`` if a probability differs by
+    more than TOLERANCE.
     """
-    onnx = need("onnx")
-    need("onnxscript")
+    onnx = need("onnx", "onnx")
+    need("onnxscript", "onnx")
     example = torch.zeros(2, exported.resize, exported.resize, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,7 +98,7 @@ def export_onnx(exported: ExportedModel, file: Path) -> Path:
 
 def open_onnx(network: Path | bytes, threads: int = 0) -> Any:
     """A session of ONNX Runtime for a file or its content, on the CPU; 0 `threads`: one a core."""
-    runtime = need("onnxruntime")
+    runtime = need("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads
@@ -131,8 +124,8 @@ def quantize(file: Path, squares: Squares, target: Path) -> Path:
     Static, a scale a channel, with the ranges that `squares` show ("post-training quantisation",
     Jacob et al. 2018, arXiv 1712.05877). The answer itself stays in float32.
     """
-    tools = need("onnxruntime.quantization")
-    prepare = need("onnxruntime.quantization.shape_inference").quant_pre_process
+    tools = need("onnxruntime.quantization", "onnx")
+    prepare = need("onnxruntime.quantization.shape_inference", "onnx").quant_pre_process
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
