@@ -9,6 +9,7 @@ the column `--group` of its tables stay in one fold.
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def probe_accuracies(root: Path, group: str | None, size: int, work: Path) -> di
     for fit in FITS:
         _, datasets = open_datasets(listed, round(size * 8 / 7), fit, cache_dir=str(work))
         seen = [datasets[name] for name in ("train", "val")]
-        asked = BACKBONES[PACKAGED[0]], size, 32
+        asked = replace(BACKBONES[PACKAGED[0]], levels={}), size, 32
         features = np.concatenate([extract_features(backbone, data, *asked) for data in seen])
         labels = np.concatenate([data.split.labels for data in seen])
         groups = np.arange(len(labels))

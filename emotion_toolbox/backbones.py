@@ -9,7 +9,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PurePath
 
@@ -36,6 +36,12 @@ class BackboneSpec:
     stages: Mapping[str, tuple[str, ...]]
     last_stages: tuple[str, ...]  # what thaws first
     output: str = "classifier"  # the module with the 1000 classes of ImageNet
+    levels: Mapping[str, int] = field(default_factory=dict)  # earlier stages: channels of their map
+
+    @property
+    def width(self) -> int:
+        """The number of features that ``pooled_features`` gives."""
+        return self.features + sum(self.levels.values())
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,7 +50,7 @@ LITE = BackboneSpec(
     1280, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5),
     {"stem": ("conv_stem", "bn1"), **{f"block{i + 1}": (f"blocks.{i}",) for i in range(7)},
      "top": ("conv_head", "bn2")},
-    ("block6", "block7", "top"),
+    ("block6", "block7", "top"), levels={"block4": 80, "block5": 112, "block6": 192},
 )  # fmt: skip
 
 
@@ -58,16 +64,18 @@ class Backbones(dict[str, BackboneSpec]):
 BACKBONES = Backbones({
     "resnet50": BackboneSpec(
         2048, IMAGENET_MEAN, IMAGENET_STD,
-        {"stem": ("conv1", "bn1"), **{f"layer{i}": (f"layer{i}",) for i in range(1, 5)}},
-        ("layer4",), "fc",
+        {"stem": ("conv1", "bn1", "relu", "maxpool"),
+         **{f"layer{i}": (f"layer{i}",) for i in range(1, 5)}},
+        ("layer4",), "fc", {"layer2": 512, "layer3": 1024},
     ),
     "efficientnet_b0": BackboneSpec(
         1280, IMAGENET_MEAN, IMAGENET_STD,
         {"stem": ("features.0",), **{f"block{i}": (f"features.{i}",) for i in range(1, 8)},
          "top": ("features.8",)},
-        ("block6", "block7", "top"),
+        ("block6", "block7", "top"), levels=LITE.levels,
     ),
-    **{f"efficientnet_lite{i}": LITE for i in range(3)},
+    **{f"efficientnet_lite{i}": LITE for i in range(2)},
+    "efficientnet_lite2": replace(LITE, levels={"block4": 88, "block5": 120, "block6": 208}),
 })  # fmt: skip
 
 PACKAGED = ("efficientnet_lite0", "DEFAULT")  # its weights come inside a Python package
@@ -352,6 +360,23 @@ def make_backbone(name: str, weights: str | None, *sides: int) -> nn.Module:
         load_weights(network, name, weights_file(name, weights))
         refuse_nonfinite(network, f"WEIGHTS={weights!r}")
     return network
+
+
+def pooled_features(backbone: nn.Module, spec: BackboneSpec, images: Tensor) -> Tensor:
+    """Features [B, F] of images [B, 3, H, W]: means of the maps of `spec.levels`, then its own.
+
+    Intermediate features transfer well (Evci et al. 2022, arXiv 2201.03529).
+    """
+    if not spec.levels:
+        own: Tensor = backbone(images)
+        return own
+    found, maps = [], images
+    for stage, parts in spec.stages.items():
+        for part in parts:
+            maps = backbone.get_submodule(part)(maps)
+        if stage in spec.levels:
+            found.append(maps.mean((2, 3)))
+    return torch.cat([*found, maps.mean((2, 3))], 1)
 
 
 def refuse_sides(name: str, network: nn.Module, sides: Sequence[int]) -> None:

@@ -96,6 +96,8 @@ def model_card(about: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
     backbone, head = model.get_submodule("backbone"), model.get_submodule("head")
     fitting = ", dynamic_img_size=True" * getattr(backbone, "dynamic_img_size", False)
     make = f'timm.create_model("{of_timm}"{fitting})' if of_timm else f"torchvision.models.{name}()"
+    spec = getattr(model, "spec", BACKBONES[name])
+    whole, forward = ("Model", written_levels(spec)) if spec.levels else ("nn.Sequential", "")
     layers = re.sub(r", eps=.*?\)", ")", written(head))  # defaults, of which older torch lacks one
     return f"""---
 library_name: pytorch
@@ -120,7 +122,7 @@ Classes, by the number of the output:
 `python -m emotion_transfer predict --model FOLDER IMAGE...` with this folder. Without this project:
 
 ```python
-import json, {make.partition(".")[0]}
+import json, torch, {make.partition(".")[0]}
 from collections import OrderedDict
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -133,7 +135,7 @@ class Head(nn.ModuleDict):
     def forward(self, features):
         return sum(part(features) for part in self.values())
 head = {layers}
-model = nn.Sequential(OrderedDict(backbone=backbone, head=head)).eval()
+{forward}model = {whole}(OrderedDict(backbone=backbone, head=head)).eval()
 model.load_state_dict(load_file("model.safetensors"))
 image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
 size = (about["resize"], about["resize"])
@@ -160,6 +162,21 @@ def written(module: nn.Module) -> str:
         return f"Head(dict({', '.join(parts)}))"
     inner = ", ".join(map(written, module.children()))
     return f"nn.Sequential({inner})" if inner else f"nn.{module}"
+
+
+def written_levels(spec: BackboneSpec) -> str:
+    """The Python of a ``Model`` whose head sees ``pooled_features`` with levels."""
+    parts = [part for stage in spec.stages.values() for part in stage]
+    pooled = [spec.stages[stage][-1] for stage in spec.levels] + parts[-1:]
+    return f"""class Model(nn.Sequential):
+    def forward(self, maps):
+        found = []
+        for part in {parts}:
+            maps = self.backbone.get_submodule(part)(maps)
+            if part in {pooled}:
+                found.append(maps.mean((2, 3)))
+        return self.head(torch.cat(found, 1))
+"""
 
 
 def literal(text: str) -> str:

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from emotion_toolbox.backbones import BACKBONES, BackboneSpec, make_backbone
+from emotion_toolbox.backbones import BackboneSpec, make_backbone, pooled_features
 from emotion_toolbox.batches import EmotionDataset, batch_slices, fetch_ahead
 from emotion_toolbox.device import choose_device, eval_mode
 from emotion_toolbox.keeper import keep_result
@@ -31,13 +31,13 @@ Floats = npt.NDArray[np.float32]
 def extract_features(
     backbone: nn.Module, dataset: EmotionDataset, spec: BackboneSpec, size: int, batch_size: int
 ) -> npt.NDArray[np.float32]:
-    """Pooled features [N, F] of the centre crops of all images, at `size` pixels."""
+    """``pooled_features`` [N, F] of the centre crops of all images, at `size` pixels."""
     device, features = next(backbone.parameters()).device, []
     slices = batch_slices(np.arange(len(dataset)), batch_size)
     batches, label = fetch_ahead(dataset, slices, device), f"features {dataset.split.name}"
     for batch in tqdm(batches, label, len(slices), leave=False, unit="batch"):
         images = prepare_images(batch.images, size, spec.mean, spec.std)
-        features.append(backbone(images).float().cpu().numpy())
+        features.append(pooled_features(backbone, spec, images).float().cpu().numpy())
     return np.concatenate(features)
 
 
@@ -87,7 +87,7 @@ def fit_probe(
 
 def linear_probe(
     datasets: Mapping[str, EmotionDataset], folder: Path, network: tuple[str, str | None, int, int],
-    monitor: str, batch_size: int, device: str,
+    spec: BackboneSpec, monitor: str, batch_size: int, device: str,
 ) -> dict[str, npt.NDArray[Any]]:  # fmt: skip
     """Logistic regression on a frozen backbone's features: one linear layer, kept in `folder`.
 
@@ -100,13 +100,13 @@ def linear_probe(
         torch.manual_seed(seed)
         backbone = make_backbone(name, weights, size).to(choose_device(device)).eval()
         train = datasets["train"]
-        asked = BACKBONES[name], size, batch_size
+        asked = spec, size, batch_size
         seen, test = (extract_features(backbone, datasets[s], *asked) for s in ("train", "test"))
         weight, bias, note = fit_probe(seen, train.split.labels, len(train.classes), monitor)
         found = {"weight": weight, "bias": bias, "note": f"logistic regression, {note}"}
         return {**found, "probabilities": softmax((test @ weight.T + bias).astype(float), axis=1)}
 
-    key = repr((network, monitor, [data.fingerprint() for data in datasets.values()]))
+    key = repr((network, spec.levels, monitor, [data.fingerprint() for data in datasets.values()]))
     return keep_result(folder / "probe.npz", key, fit)
 
 

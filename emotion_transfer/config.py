@@ -15,6 +15,7 @@ from emotion_toolbox.settings import check_fit, check_values, make_settings, neu
 
 DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
 MONITORS = ("macro_f1", "accuracy", "loss")
+HEADS = ("progressive", "linear", "multilevel")
 COMPARED = ("majority", "linear_probe", "from_scratch", "plain_finetune")
 
 
@@ -62,7 +63,7 @@ class EnhancedConfig:
     MIX_OFF_EPOCHS: int = setting(3, "last epochs, without mixing", low=0, high=10000)
     EMA_DECAY: float = setting(0.999, "of the weights' average; 0: none", low=0, high=0.999999)
     BACKBONE_BATCHNORM: str = setting("frozen", "running statistics", choices=("frozen", "train"))
-    HEAD: str = setting("progressive", "layers on the backbone", choices=("progressive", "linear"))
+    HEAD: str = setting("progressive", "layers on the backbone", choices=HEADS)
     CROP_SCALE: tuple[float, float] = setting((0.6, 1.0), "least, most area kept", low=0.01, high=1)
     FLIP_PROB: float = setting(0.5, "share of images that are mirrored", low=0, high=1)
     ROTATION: float = setting(10.0, "most degrees to either side", low=0, high=180)
@@ -126,15 +127,16 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # `make_config` takes the defaults, then a profile, then what you ask for, which always wins; a
 # misspelt name is answered with the nearest right ones. The sample has a quick profile. Small sets
 # have one too: where a few hundred pictures are all there is, training begins as the linear probe,
-# a head of a single layer; all of the network moves from the first epoch on, slowly; and it sees
-# pictures a little smaller than it is judged on, for what is cropped at random looks larger
+# a head of a single layer on several stages; all of the network moves from the first epoch on,
+# slowly; and it sees pictures a little smaller than it is judged on, for what is cropped at random
+# looks larger
 # ([Touvron et al. 2019](https://arxiv.org/abs/1906.06423)).
 
 # %%
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
 SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
-SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "linear", "LR_BACKBONE": 2e-4,
+SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "multilevel", "LR_BACKBONE": 2e-4,
                  "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 0), "MIX_PROB": 0.0}  # fmt: skip
 
 

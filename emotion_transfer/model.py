@@ -6,6 +6,9 @@
 # class. Instead of one large step from 2048 features to 8 classes the *reduction* halves the width
 # twice; each step is a linear map, a batch normalisation, a ReLU and dropout, strong at first
 # (`DROPOUT`), then half as strong. `HEAD = "linear"` is that one large step, the *output*.
+# `"multilevel"` is one too, but the output also sees what earlier stages found, averaged over the
+# picture: colours and textures, of which a network that learnt to name objects throws much away on
+# its way up ([Evci et al. 2022](https://arxiv.org/abs/2201.03529)).
 #
 # A head of random numbers has to learn from nothing, and a few hundred pictures it learns by heart
 # before the backbone has moved. `START = "probe"`, part of the profile for small sets, begins
@@ -15,6 +18,7 @@
 # training can only add to it.
 
 # %%
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emotion_toolbox.backbones import BACKBONES, batch_norms, make_backbone
+from emotion_toolbox.backbones import (
+    BACKBONES, BackboneSpec, batch_norms, make_backbone, pooled_features,
+)  # fmt: skip
 from emotion_toolbox.batches import EmotionDataset
 from emotion_toolbox.probes import linear_probe
 from emotion_toolbox.settings import settings_hash
@@ -52,7 +58,7 @@ def make_reduction(features: int, classes: int, dropout: float) -> nn.Sequential
 def make_head(features: int, classes: int, dropout: float, kind: str, start: str) -> Head:
     """The head of a `kind` (HEAD) that begins as `start` (START) says."""
     head = Head()
-    if kind == "linear" or start == "probe":
+    if kind != "progressive" or start == "probe":
         head["output"] = nn.Linear(features, classes)
     if kind == "progressive":
         head["reduction"] = reduction = make_reduction(features, classes, dropout)
@@ -73,13 +79,15 @@ class EmotionClassifier(nn.Module):
 
     made_for: str | None = None  # hash of its settings, so that no other run trains it by mistake
 
-    def __init__(self, name: str, backbone: nn.Module, head: Head) -> None:
+    def __init__(self, name: str, spec: BackboneSpec, backbone: nn.Module, head: Head) -> None:
         super().__init__()
-        self.name, self.spec = name, BACKBONES[name]
-        self.backbone, self.head = backbone, head
+        self.name, self.spec, self.backbone, self.head = name, spec, backbone, head
+
+    def features(self, images: Tensor) -> Tensor:
+        return pooled_features(self.backbone, self.spec, images)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.backbone(images))
+        scores: Tensor = self.head(self.features(images))
         return scores
 
     def stage_modules(self) -> dict[str, list[nn.Module]]:
@@ -96,10 +104,17 @@ class EmotionClassifier(nn.Module):
 
 
 # %%
+def backbone_spec(cfg: EnhancedConfig) -> BackboneSpec:
+    """What is known of the backbone of `cfg`; without `levels` where the head does not see them."""
+    spec = BACKBONES[cfg.MODEL_NAME]
+    return spec if cfg.HEAD == "multilevel" else dataclasses.replace(spec, levels={})
+
+
 def find_probe(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     """The linear probe on the untouched backbone of `cfg`, kept in `folder`."""
     network = cfg.MODEL_NAME, cfg.WEIGHTS, cfg.SEED, cfg.IMG_SIZE
-    return linear_probe(datasets, folder, network, cfg.MONITOR, cfg.BATCH_SIZE, cfg.DEVICE)
+    asked = backbone_spec(cfg), cfg.MONITOR, cfg.BATCH_SIZE, cfg.DEVICE
+    return linear_probe(datasets, folder, network, *asked)
 
 
 def build_model(
@@ -107,13 +122,13 @@ def build_model(
 ) -> EmotionClassifier:
     """The network of `cfg` for that many classes, on the CPU; its head begins as `probe`."""
     torch.manual_seed(cfg.SEED)
-    name, weights = cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS
+    name, weights, spec = cfg.MODEL_NAME, None if cfg.INIT_FROM else cfg.WEIGHTS, backbone_spec(cfg)
     backbone = make_backbone(name, weights, cfg.IMG_SIZE, train_size(cfg))
-    head = make_head(BACKBONES[name].features, classes, cfg.DROPOUT, cfg.HEAD, cfg.START)
+    head = make_head(spec.width, classes, cfg.DROPOUT, cfg.HEAD, cfg.START)
     if probe is not None:
         begin = {name: torch.from_numpy(probe[name]) for name in ("weight", "bias")}
         head["output"].load_state_dict(begin)
-    model = EmotionClassifier(name, backbone, head).to(memory_format=torch.channels_last)
+    model = EmotionClassifier(name, spec, backbone, head).to(memory_format=torch.channels_last)
     model.made_for = settings_hash(cfg)
     return model
 

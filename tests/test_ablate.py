@@ -43,7 +43,7 @@ def test_documented_ingredients_are_there():
     documented = {
         "start from the probe", "mixing", "label smoothing", "class weights", "weight averaging",
         "staged thawing", "two learning rates", "frozen BatchNorm", "restarts", "colour", "erasing",
-        "test-time augmentation", "progressive head",
+        "test-time augmentation", "progressive head", "multi-level features",
     }  # fmt: skip
     assert ingredients(make_config()).keys() == documented
 

@@ -15,10 +15,12 @@ from emotion_toolbox import backbones
 from emotion_toolbox.backbones import (
     BACKBONES,
     LITES,
+    batch_norms,
     choose_backbone,
     lite_file,
     make_backbone,
     make_imagenet_model,
+    pooled_features,
 )
 from emotion_toolbox.errors import ConfigError, WeightsError, WeightsUnavailable
 from emotion_toolbox.export import export_model, load_export, predict_squares
@@ -62,6 +64,40 @@ def test_a_description_covers_the_network_in_order(name):
     assert share >= sum(sizes[k] for k in owned) / 3.1
     assert tuple(spec.stages)[-len(spec.last_stages) :] == spec.last_stages
     assert len(spec.stages) >= 3
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", *LITES])
+def test_features_of_several_levels_are_the_means_of_their_maps(name):
+    """As the network itself makes them on its way."""
+    torch.manual_seed(0)
+    spec, backbone = BACKBONES[name], make_backbone(name, None)
+    for layer in batch_norms(backbone):  # with the first statistics most of it would vanish
+        layer.momentum = 1.0
+    backbone(torch.randn(8, 3, 64, 64))
+    means, images = [], torch.randn(2, 3, 64, 64)
+    backbone.eval()
+    hooks = [
+        backbone.get_submodule(part).register_forward_hook(
+            lambda *given: means.append(given[2].mean((2, 3)))
+        )
+        for stage in spec.levels for part in spec.stages[stage]
+    ]  # fmt: skip
+    expected = backbone(images)
+    expected = torch.cat([*means, expected], 1)
+    for hook in hooks:
+        hook.remove()
+    assert expected.shape == (2, spec.width) and expected.std() > 0.01
+    features = pooled_features(backbone, spec, images)
+    torch.testing.assert_close(features, expected)
+    own = pooled_features(backbone, dataclasses.replace(spec, levels={}), images)
+    assert torch.equal(own, backbone(images))
+
+
+def test_a_network_without_known_levels_gives_its_own_features():
+    backbone, images = make_backbone(CONVNET, None, 64).eval(), torch.randn(2, 3, 64, 64)
+    found = pooled_features(backbone, BACKBONES[CONVNET], images)
+    assert torch.equal(found, backbone(images))
+    assert BACKBONES[CONVNET].width == BACKBONES[CONVNET].features
 
 
 def test_preparation_is_that_of_the_library():

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from small_run import install_small_network, memory_datasets, small_config
 
 from emotion_toolbox import probes
-from emotion_toolbox.backbones import BACKBONES, make_backbone
+from emotion_toolbox.backbones import BACKBONES, PACKAGED, make_backbone
 from emotion_toolbox.pixels import prepare_images
 from emotion_transfer import baselines as module
 from emotion_transfer.baselines import (
@@ -99,6 +99,19 @@ def test_training_begins_as_the_probe_and_shares_it(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again["probabilities"], probe["probabilities"])
     random = build_model(dataclasses.replace(cfg, START="random"), 3)
     assert set(random.head) == {"reduction"}
+
+
+def test_a_head_on_several_levels_begins_as_a_probe_of_its_own(tmp_path):
+    several = {"HEAD": "multilevel", "MODEL_NAME": PACKAGED[0], "WEIGHTS": PACKAGED[1]}
+    cfg, datasets = small_config(tmp_path, **several), memory_datasets()
+    probe = find_probe(cfg, datasets, tmp_path / "linear_probe")
+    model = build_model(cfg, 3, probe)
+    assert probe["weight"].shape == (3, BACKBONES[cfg.MODEL_NAME].width)
+    assert model.head["output"].in_features > BACKBONES[cfg.MODEL_NAME].features
+    found = predict(model, datasets["test"], size=cfg.IMG_SIZE, batch_size=5)
+    np.testing.assert_allclose(found.probabilities, probe["probabilities"], atol=1e-5)
+    last = find_probe(dataclasses.replace(cfg, HEAD="linear"), datasets, tmp_path / "linear_probe")
+    assert last["weight"].shape[1] < probe["weight"].shape[1]  # kept for other features
 
 
 def test_a_class_without_training_images_has_no_probability(tmp_path):

@@ -186,7 +186,7 @@ def test_unknown_names_list_the_nearest_and_all() -> None:
 def test_the_profile_of_small_sets_fits_every_image_size(size: int) -> None:
     profile = profile_for(SMALL_SET - 1, size, synthetic=False)
     cfg = make_config({"IMG_SIZE": size}, profile)
-    assert (cfg.START, cfg.HEAD) == ("probe", "linear")
+    assert (cfg.START, cfg.HEAD) == ("probe", "multilevel")
     assert train_size(cfg) == pytest.approx(max(32, size * 7 / 8), abs=0.51)
     assert profile_for(SMALL_SET, size, synthetic=False) == {}
     own = make_config({"IMG_SIZE": size, "TRAIN_SIZE": None, "EPOCHS": 3}, profile)

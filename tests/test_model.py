@@ -628,7 +628,7 @@ def test_frozen_stages_are_in_eval_mode_altogether(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("head", ["progressive", "linear"])
+@pytest.mark.parametrize("head", ["progressive", "linear", "multilevel"])
 @pytest.mark.parametrize("start", ["probe", "random"])
 def test_every_parameter_is_in_exactly_one_group(name, head, start):
     """An output that begins as the probe moves with the backbone."""

@@ -64,11 +64,14 @@ def ingredients(cfg: EnhancedConfig) -> dict[str, tuple[Change, bool]]:
     What cannot be told apart in this recipe is left out: restarts where nothing thaws later, two
     rates where everything moves at one.
     """
-    alike = cfg.START == "probe" and cfg.HEAD == "linear"
+    alike = cfg.START == "probe" and cfg.HEAD != "progressive"
+    single = "linear" if cfg.HEAD == "progressive" else cfg.HEAD
+    last = "linear" if cfg.HEAD == "multilevel" else cfg.HEAD
     wait = {"WARMUP_EPOCHS": min(3, cfg.EPOCHS // 4), "THAW_EPOCHS": None}
     pairs: dict[str, tuple[Change, Change]] = {
         "start from the probe": ({"START": "random"}, {"START": "probe"}),
-        "progressive head": ({"HEAD": "linear"}, {"HEAD": "progressive"}),
+        "progressive head": ({"HEAD": single}, {"HEAD": "progressive"}),
+        "multi-level features": ({"HEAD": last}, {"HEAD": "multilevel"}),
         "mixing": ({"MIX_PROB": 0.0}, default("MIX_PROB")),
         "label smoothing": ({"LABEL_SMOOTHING": 0.0}, default("LABEL_SMOOTHING")),
         "class weights": ({"BALANCE": "none"}, {"BALANCE": "weights"}),

@@ -196,15 +196,15 @@ class AttributeClassifier(EmotionClassifier):
     """
 
     def __init__(self, model: EmotionClassifier, targets: Sequence[Target]) -> None:
-        super().__init__(model.name, model.backbone, model.head)
+        super().__init__(model.name, model.spec, model.backbone, model.head)
         self.made_for = model.made_for
         bias = torch.cat([one.bias for one in targets])
-        self.attributes = nn.Linear(self.spec.features, len(bias))
+        self.attributes = nn.Linear(self.spec.width, len(bias))
         nn.init.zeros_(self.attributes.weight)
         self.attributes.bias = nn.Parameter(bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
+        features = self.features(images)
         scores: Tensor = self.head(features)
         return torch.cat([scores, self.attributes(features)], 1) if self.training else scores
 
@@ -226,7 +226,7 @@ class AttributeTrainer(Trainer):
         statistics: Sequence[Tensor],
     ) -> None:  # fmt: skip
         if amp is None:  # that of the same run without attributes
-            plain = EmotionClassifier(model.name, model.backbone, model.head)
+            plain = EmotionClassifier(model.name, model.spec, model.backbone, model.head)
             plain.to(choose_device(cfg.DEVICE)).requires_grad_(True)
             amp = choose_amp(cfg.AMP, plain, train_size(cfg), measure=not cfg.DETERMINISTIC)
         super().__init__(cfg, model, train, amp, augment)
@@ -280,7 +280,7 @@ def judge_heads(
         for rows in batch_slices(np.arange(len(data)), batch_size):
             images = data.batch(rows).images.to(device)
             inputs = prepare_images(images, size, model.spec.mean, model.spec.std)
-            outputs.append(model.attributes(model.backbone(inputs)).float().cpu())
+            outputs.append(model.attributes(model.features(inputs)).float().cpu())
     parts, found = torch.split(torch.cat(outputs), [len(one.bias) for one in targets], 1), {}
     for one, part in zip(targets, parts, strict=True):
         statistics = one.statistics(attributes[one.name]).float()

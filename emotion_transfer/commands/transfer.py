@@ -202,7 +202,7 @@ def run_shots(
     used = np.unique(draws)  # of a large set only what is drawn is looked at
     drawn = choose_images(train, used)
     truth, hits = judged.target[images.split.labels], {}
-    asked = about.spec, about.image_size, cfg.BATCH_SIZE
+    asked = task.source.network.spec, about.image_size, cfg.BATCH_SIZE
     for name, backbone in shot_networks(cfg, task.source):
         known, unknown = (extract_features(backbone, part, *asked) for part in (drawn, images))
         bar = tqdm(shots, f"{task.target}: {name}", unit="k", leave=False)
