@@ -49,7 +49,7 @@ def test_probabilities_are_those_of_pytorch(tmp_path, name, tta):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    exported = make_export(folder / "export", WEIGHTS="DEFAULT", HEAD="linear")
+    exported = make_export(folder / "export", WEIGHTS="DEFAULT", HEAD="multilevel")
     return exported, command.export_onnx(exported, folder / "model.onnx")
 
 
