@@ -222,11 +222,9 @@ def hub_file(name: str) -> Path:
 def weights_file(name: str, weights: str) -> Path:
     """The file with `weights` for `name`: a local one, the package's, or torchvision's.
 
-    torchvision's is downloaded once, and its checksum compared. No file is loaded here.
-
-    Raises:
-        WeightsError: for an unknown name or a damaged package.
-        WeightsUnavailable: where the file is neither in torch hub's cache nor can be downloaded.
+    torchvision's is downloaded once, and its checksum compared. No file is loaded here. Raises
+    ``WeightsError`` for an unknown name or a damaged package, ``WeightsUnavailable`` where the file
+    is neither in torch hub's cache nor can be downloaded.
     """
     if (own := resolve_path(weights)).is_file():
         return own

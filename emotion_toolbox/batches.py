@@ -10,14 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emotion_toolbox.cache import (
-    ChosenPixels,
-    DecodedData,
-    PixelSource,
-    Positions,
-    decode_data,
-    refuse_bad_images,
-    refuse_leaks,
-    work_ahead,
+    ChosenPixels, DecodedData, PixelSource, Positions, decode_data, refuse_bad_images,
+    refuse_leaks, work_ahead,
 )  # fmt: skip
 from emotion_toolbox.draws import balanced_order, epoch_order
 from emotion_toolbox.errors import DataError

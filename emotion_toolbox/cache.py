@@ -94,10 +94,8 @@ def decode_data(
     """Decode every image of `data` to `side` x `side` pixels and keep it under `cache_dir`.
 
     With None for that, check the images only, and decode them again when they are needed. See
-    ``decode_image`` for `fit`.
-
-    Raises:
-        DataError: where the disk has too little room, or cannot be written.
+    ``decode_image`` for `fit`. Raises ``DataError`` where the disk has too little room, or cannot
+    be written.
     """
     splits, pixels, digests, good, bad = {}, {}, {}, [], []
     folder = cache_folder(data, side, cache_dir, fit) if cache_dir else None

@@ -62,8 +62,7 @@ def read_image_bytes(path: Path) -> bytes:
 def bare_png(data: bytes) -> bytes:
     """A PNG with only what decoding uses: profiles and texts, however large, decide nothing.
 
-    Raises:
-        ImageError: for a file that is cut off, or damage in what is used; it names the chunk.
+    Raises ``ImageError`` for a file that is cut off, or damage in what is used, naming the chunk.
     """
     view, kept, start, name = memoryview(data), [memoryview(PNG_MARK)], len(PNG_MARK), b""
     while name != b"IEND":
@@ -90,8 +89,7 @@ def refuse_empty_tail(data: bytes) -> None:
 def as_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode; transparency is laid over white.
 
-    Raises:
-        ImageError: for pixels that have no agreed range (floating-point, 32-bit integers).
+    Raises ``ImageError`` for pixels without an agreed range (floating-point, 32-bit integers).
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -116,11 +114,8 @@ def decode_image(data: bytes, size: int, fit: str = "crop") -> npt.NDArray[np.ui
     """Decode `data` to an upright, antialiased square, uint8 [size, size, 3].
 
     Of an image that is not square, "crop" keeps the centre square, "pad" all, between bars of
-    ``PAD_COLOUR``, and "squash" all, with both sides resized to `size`.
-
-    Raises:
-        ImageError: if the bytes are no usable image.
-        ValueError: for another `fit`.
+    ``PAD_COLOUR``, and "squash" all, with both sides resized to `size`. Raises ``ImageError`` if
+    the bytes are no usable image, ``ValueError`` for another `fit`.
     """
     if fit not in FITS:
         raise ValueError(f"fit={fit!r} must be one of {FITS}")

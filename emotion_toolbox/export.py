@@ -189,9 +189,8 @@ def load_export(
 ) -> ExportedModel:
     """Load what ``export_model`` wrote; `make_model` gives the network for settings and classes.
 
-    Raises:
-        ExportError: if a file is missing, damaged, or does not fit the others.
-        ConfigError: for a device that this machine does not have.
+    Raises ``ExportError`` if a file is missing, damaged, or does not fit the others, and
+    ``ConfigError`` for a device that this machine does not have.
     """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -31,12 +31,8 @@ from emotion_toolbox.backbones import refuse_nonfinite
 from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.device import AMP_NAMES, Meter, check_gradients, device_name
 from emotion_toolbox.errors import (
-    CheckpointError,
-    ConfigError,
-    DivergedError,
-    Stopped,
-    WeightsError,
-)
+    CheckpointError, ConfigError, DivergedError, Stopped, WeightsError,
+)  # fmt: skip
 from emotion_toolbox.files import resolve_path, write_atomically, write_text
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.settings import changed_settings, settings_hash, settings_to_json

@@ -98,15 +98,10 @@ def software_versions() -> dict[str, str]:
 
 
 def summarise_run(
-    settings: Mapping[str, Any],
-    data: EmotionData,
-    datasets: Mapping[str, EmotionDataset],
-    result: FitResult,
-    metrics: Mapping[str, Mapping[str, Estimate]],
-    tests: Mapping[str, Any],
-    temperature: float,
-    uncalibrated: Mapping[str, Mapping[str, Estimate]],
-) -> dict[str, Any]:
+    settings: Mapping[str, Any], data: EmotionData, datasets: Mapping[str, EmotionDataset],
+    result: FitResult, metrics: Mapping[str, Mapping[str, Estimate]], tests: Mapping[str, Any],
+    temperature: float, uncalibrated: Mapping[str, Mapping[str, Estimate]],
+) -> dict[str, Any]:  # fmt: skip
     """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline.
 
     `uncalibrated` are those of the two splits without the `temperature`.

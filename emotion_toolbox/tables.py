@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ class Split:
     def select(self, keep: npt.NDArray[Any]) -> "Split":
         """The split with only the positions `keep` (int or bool array)."""
         chosen = np.arange(len(self))[keep]
-        files = [self.files[i] for i in chosen]
-        return dataclasses.replace(
-            self, files=files, labels=self.labels[chosen], rows=self.rows[chosen]
-        )
+        kept = {"labels": self.labels[chosen], "rows": self.rows[chosen]}
+        return dataclasses.replace(self, files=[self.files[i] for i in chosen], **kept)
 
 
 @dataclass(frozen=True)
@@ -100,21 +99,17 @@ class EmotionData:
 
     def counts(self) -> pd.DataFrame:
         """Images by class (index) and split (columns)."""
-        sizes = {
-            name: np.bincount(split.labels, minlength=len(self.classes))
-            for name, split in self.splits.items()
-        }
+        count = partial(np.bincount, minlength=len(self.classes))
+        sizes = {name: count(split.labels) for name, split in self.splits.items()}
         return pd.DataFrame(sizes, index=pd.Index(self.classes, name="class"))
 
 
 def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
     """Read the three splits in `root`, whose paths start at `images_root`.
 
-    Labels that may be one and the same are warned of.
-
-    Raises:
-        DataError: for a missing or malformed file, an unknown label, an empty split, or a path
-            that occurs twice, or a class without a training image.
+    Labels that may be one and the same are warned of. Raises ``DataError`` for a missing or
+    malformed file, an unknown label, an empty split, or a path that occurs twice, or a class
+    without a training image.
     """
     missing = [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]
     if missing:
@@ -139,8 +134,7 @@ def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
 def read_stats(root: Path) -> dict[str, Any]:
     """What ``stats.json`` in `root` says, as ``write_split_tables`` wrote it; {} if there is none.
 
-    Raises:
-        DataError: if that file is damaged.
+    Raises ``DataError`` if that file is damaged.
     """
     file = root / "stats.json"
     try:
@@ -206,10 +200,8 @@ def check_values(file: Path, column: str, values: Iterable[tuple[int, str]]) -> 
 def read_csv_records(file: Path) -> Records:
     """The records of a CSV, without blank ones.
 
-    Commas, semicolons or tabs separate the values, with spaces after them or not.
-
-    Raises:
-        DataError: if the file is unreadable or empty.
+    Commas, semicolons or tabs separate the values, with spaces after them or not. Raises
+    ``DataError`` if the file is unreadable or empty.
     """
     records, line = [], 1
     try:
@@ -360,11 +352,9 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def write_split_tables(
-    folder: Path,
-    tables: Mapping[str, pd.DataFrame],
-    classes: Sequence[str],
+    folder: Path, tables: Mapping[str, pd.DataFrame], classes: Sequence[str],
     stats: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write `<split>.csv` for each table (columns path, label, ...), label_map.json and stats.json.
 
     Returns what stats.json says: `stats`, the classes, and the counts by split and class. While
