@@ -66,17 +66,14 @@ def look_at(name: str, dataset: EmotionDataset) -> pd.DataFrame:
 def close_pairs(
     hashes: npt.NDArray[np.uint64], bits: int, chunk: int = 256
 ) -> npt.NDArray[np.int64]:
-    """Pairs (i, j, distance), i < j, of hashes that differ in at most `bits` bits, int64 [P, 3].
-
-    The search ends where it has found more than ``MOST_PAIRS``.
-    """
+    """Pairs (i, j, distance), i < j, of hashes that differ in at most `bits` bits, int64 [P, 3]."""
     found, count = [np.zeros((0, 3), np.int64)], 0
     for start in range(0, len(hashes), chunk):
         distance = np.bitwise_count(hashes[start : start + chunk, None] ^ hashes[None, start:])
         i, j = np.nonzero(np.triu(distance <= bits, k=1))
         found.append(np.stack([i + start, j + start, distance[i, j]], axis=1).astype(np.int64))
         count += len(i)
-        if count > MOST_PAIRS:
+        if count > MOST_PAIRS:  # enough
             break
     return np.concatenate(found)
 

@@ -202,10 +202,7 @@ def lite_file(name: str) -> Path:
 
 
 def hub_file(name: str) -> Path:
-    """The ImageNet weights of a network of timm, downloaded once.
-
-    Raises ``WeightsUnavailable`` where they are neither kept nor can be had.
-    """
+    """timm's ImageNet weights, downloaded once; ``WeightsUnavailable`` where they cannot be had."""
     about = timm.get_pretrained_cfg(name.removeprefix("timm:"))
     place, kept = (about and about.hf_hub_id) or "", about and about.hf_hub_filename
     try:

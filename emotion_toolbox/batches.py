@@ -28,16 +28,13 @@ class Batch(NamedTuple):
 
 
 class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
-    """One split as a PyTorch dataset of (image, label), which also hands out whole batches.
-
-    `digest` stands for the content of its image files.
-    """
+    """One split as a PyTorch dataset of (image, label), which also hands out whole batches."""
 
     def __init__(
         self, split: Split, classes: Sequence[str], pixels: PixelSource, digest: str = ""
     ) -> None:
         self.split, self.classes, self.pixels = split, tuple(classes), pixels
-        self.digest = digest
+        self.digest = digest  # of the content of its image files
 
     def __len__(self) -> int:
         return len(self.split)
@@ -67,10 +64,7 @@ def open_datasets(
     threads: int | None = None, max_bad_fraction: float = 0.0, allow_duplicates: bool = False,
     most: int | None = None,
 ) -> tuple[DecodedData, dict[str, EmotionDataset]]:  # fmt: skip
-    """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets.
-
-    See ``decode_data``, ``refuse_bad_images``, ``refuse_leaks`` and ``make_datasets``.
-    """
+    """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets."""
     folder = resolve_path(cache_dir) if cache_dir else None
     decoded = decode_data(listed, side, fit, cache_dir=folder, threads=count_threads(threads))
     refuse_bad_images(decoded, max_bad_fraction)

@@ -118,13 +118,9 @@ def decode_data(
         ) from error
     files = pd.concat(good)
     repeated = files[files.groupby("hash")["split"].transform("nunique") > 1]
-    return DecodedData(
-        dataclasses.replace(data, splits=splits),
-        pixels,
-        digests,
-        pd.concat(bad, ignore_index=True),
-        repeated.sort_values(["hash", "split", "row"], ignore_index=True),
-    )
+    repeated = repeated.sort_values(["hash", "split", "row"], ignore_index=True)
+    left, left_out = dataclasses.replace(data, splits=splits), pd.concat(bad, ignore_index=True)
+    return DecodedData(left, pixels, digests, left_out, repeated)
 
 
 def refuse_bad_images(decoded: DecodedData, max_bad_fraction: float) -> None:

@@ -87,10 +87,7 @@ def refuse_empty_tail(data: bytes) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode; transparency is laid over white.
-
-    Raises ``ImageError`` for pixels without an agreed range (floating-point, 32-bit integers).
-    """
+    """8-bit RGB of any mode, transparency over white; ``ImageError`` for floats, 32-bit numbers."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":

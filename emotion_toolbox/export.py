@@ -215,15 +215,11 @@ def load_export(
         model.load_state_dict(tensors)
         refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
-        reason = " ".join(str(error).strip().splitlines()[:3])
-        raise ExportError(
-            f"{folder} is no usable export ({type(error).__name__}: {reason})"
-        ) from error
+        kind, reason = type(error).__name__, " ".join(str(error).strip().splitlines()[:3])
+        raise ExportError(f"{folder} is no usable export ({kind}: {reason})") from error
     model.to(choose_device(device)).eval().requires_grad_(False)
-    synthetic = about.get("synthetic") is True
-    return ExportedModel(
-        model, BACKBONES[name], classes, size, resize, fit, tta, temperature, synthetic
-    )
+    spec, synthetic = BACKBONES[name], about.get("synthetic") is True
+    return ExportedModel(model, spec, classes, size, resize, fit, tta, temperature, synthetic)
 
 
 def checked_classes(classes: Any) -> tuple[str, ...]:

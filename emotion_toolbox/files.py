@@ -57,10 +57,7 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """`path` with ``~`` expanded; a relative one starts at ``project_root()``.
-
-    Raises ``ConfigError`` for the home of a user that there is not.
-    """
+    """`path` from ``project_root()``, ``~`` expanded; ``ConfigError`` for a user's unknown home."""
     try:
         return project_root() / Path(path).expanduser()
     except RuntimeError as error:

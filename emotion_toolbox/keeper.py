@@ -182,10 +182,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_lost_best(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """`saved`, or where its best model is damaged, that of a run without one.
-
-    Raises ``CheckpointError`` if that run is complete.
-    """
+    """`saved`, without its best model if that is damaged; ``CheckpointError`` if it is complete."""
     try:
         if saved["best_file"]:
             load_verified(folder / saved["best_file"])

@@ -106,6 +106,7 @@ def summarise_run(
 
     `uncalibrated` are those of the two splits without the `temperature`.
     """
+    before = {s: {m: e[m].to_json() for m in ("ece", "nll")} for s, e in uncalibrated.items()}
     gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
     figures = {name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()}
     return {
@@ -121,10 +122,7 @@ def summarise_run(
         "finished": result.finished,
         "metrics": {split: figures[split] for split in ("val", "test")},
         "temperature": temperature,
-        "uncalibrated": {
-            split: {name: found[name].to_json() for name in ("ece", "nll")}
-            for split, found in uncalibrated.items()
-        },
+        "uncalibrated": before,
         "baselines": {name: figures[name] for name in tests},
         "paired_tests": {name: asdict(test) for name, test in tests.items()},
         "train_val_gap": float(gaps[result.best_epoch]),

@@ -111,8 +111,7 @@ def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
     malformed file, an unknown label, an empty split, or a path that occurs twice, or a class
     without a training image.
     """
-    missing = [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]
-    if missing:
+    if missing := [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]:
         raise DataError(
             f"{root} lacks {', '.join(missing)}. Write a data set with `python -m emotion_transfer "
             'prepare SOURCE`, which says its DATA_ROOT, or set DATASET="sample"'
@@ -132,10 +131,7 @@ def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
 
 
 def read_stats(root: Path) -> dict[str, Any]:
-    """What ``stats.json`` in `root` says, as ``write_split_tables`` wrote it; {} if there is none.
-
-    Raises ``DataError`` if that file is damaged.
-    """
+    """What ``write_split_tables`` wrote into stats.json; {} if none, ``DataError`` if damaged."""
     file = root / "stats.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -144,10 +140,7 @@ def read_stats(root: Path) -> dict[str, Any]:
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """A table as text: columns `path`, `label`, the others that have names, `row` (its line).
-
-    The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
-    """
+    """A table as text: path, label, others that have names, row (its line); or ``DataError``."""
     return check_records(file, read_csv_records(file))
 
 
@@ -338,8 +331,7 @@ def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
 def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
     """Raise ``DataError`` if a class has no image in `train`."""
     counts = np.bincount(train.labels, minlength=len(classes))
-    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if absent:
+    if absent := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         raise DataError(
             f"{train.csv} has no usable image of {', '.join(absent)}, which cannot be learnt then; "
             "add some, or remove the class: its rows, and its entry in label_map.json"

@@ -8,6 +8,18 @@
 # %%
 from emotion_transfer.engine import fit
 
+# %%
+from emotion_transfer.finder import find_rates
+
+# %% [markdown]
+# TODO
+
+# %%
+from emotion_toolbox.figures import plot_range_tests
+
+range_tests = find_rates(cfg, model, train, steps=4 if cfg.DEBUG else 40)
+keep_figure(plot_range_tests(range_tests), name="range_tests")
+
 # %% [markdown]
 # > **Try it:** press *stop* while the cell below trains, then run it again.
 # >
