@@ -40,8 +40,7 @@ def audit_data(datasets: Mapping[str, EmotionDataset], bits: int) -> tuple[pd.Da
             f"- {flat.sum()} images have hardly any contrast, such as {example['file']} "
             f"({example['split']} row {example['row']})"
         )
-    val = datasets.get("val")
-    if val is not None and len(val) < FEW_PER_CLASS * len(val.classes):
+    if "val" in datasets and len(val := datasets["val"]) < FEW_PER_CLASS * len(val.classes):
         lines.append(
             f"- val has {len(val)} images of {len(val.classes)} classes: by so few, the choice of "
             "the best epoch is mostly chance"

@@ -73,10 +73,7 @@ def open_datasets(
 
 
 def make_datasets(decoded: DecodedData, most: int | None = None) -> dict[str, EmotionDataset]:
-    """The train, val and test datasets over the usable images of `decoded`.
-
-    With `most`, so many of each at the most, taken evenly from all over the split.
-    """
+    """Datasets of the usable images of `decoded`, at most `most` each, from all over the split."""
     datasets = {}
     for name, split in decoded.data.splits.items():
         pixels, count = decoded.pixels[name], len(split)

@@ -169,10 +169,8 @@ def fit_image(image: Image.Image, extent: tuple[float, float], size: int, fit: s
 
 
 def turn_upright(picture: Image.Image, source: Image.Image) -> Image.Image:
-    """`picture` as the EXIF orientation of `source` wants it seen; unreadable EXIF turns nothing.
-
-    Of the EXIF data only that is looked at: the rest may be broken.
-    """
+    """`picture` as the EXIF orientation of `source` wants it seen; broken EXIF turns nothing."""
+    # of the EXIF data only that is looked at: the rest may be broken
     picture.info.clear()
     try:
         orientation = source.getexif().get(ExifTags.Base.Orientation, 1)

@@ -373,17 +373,21 @@ def suggest_rate(table: pd.DataFrame) -> float | None:
     """The rate of a ``range_test`` that brings half of what the best one brings.
 
     There a smooth curve falls most steeply; a slope is read off noise less surely. None after too
-    few steps, or where the loss never falls by 1 %.
+    few steps, or where the loss never falls by 1 % and by more than a step there scatters.
     """
-    change = table["change"].to_numpy()
-    if len(change) < FEW_STEPS or change.min() > -0.01 * table["still"].mean():
+    if len(table) < FEW_STEPS:
         return None
-    return float(table["rate"].iloc[(change <= change.min() / 2).argmax()])
+    change = table["change"].to_numpy()
+    best = int(change.argmin())
+    scatter = (table["loss"] - table["still"] - change)[max(0, best - 5) : best + 6].std()
+    if -change[best] <= max(0.01 * table["still"].mean(), scatter):
+        return None
+    return float(table["rate"].iloc[(change <= change[best] / 2).argmax()])
 
 
 def describe_rate(name: str, test: RangeTest) -> str:
     """What the range test of a setting found, in one line."""
-    found = "no suggestion: the loss hardly falls in so few steps; stay below where it rises"
+    found = "no suggestion, for the loss falls too little in so few steps; stay below its rise"
     if test.suggested is not None:
         found = f"{test.suggested:.2g} suggested"
     return f"{name}: {test.given:.2g} is set, {found}"

@@ -3,16 +3,18 @@
 # %% [markdown]
 # #### The learning-rate finder
 #
-# A *range test* ([Smith 2017](https://arxiv.org/abs/1506.01186)) trains a few steps, at a rate that
-# rises from far too low to far too high, and watches the loss: at first nothing happens, then it
-# falls, then it explodes. One rate for all would not do here, so head and backbone are tested each
-# by itself: the head as a run begins, under it a frozen backbone; then the backbone with all that
-# ever thaws, below a head that has trained a while and trains on, as after a thaw.
+# Are the rates right for *these* pictures? A *range test*
+# ([Smith 2017](https://arxiv.org/abs/1506.01186)) trains some steps on training pictures, at a rate
+# that rises from far too low to far too high, and watches the loss: at first nothing happens, then
+# it falls, then it explodes. Head and backbone want rates of their own, so each is tested by
+# itself: the head as a run begins, on a frozen backbone; then the backbone with all that ever
+# thaws, under a head that has trained a while and goes on, as after a thaw.
 #
-# From step to step the loss jumps with the images of the batch, and falls for what *else* learns.
-# So a *twin* takes the same steps on the same images, augmented alike, with the rate of that part
-# at 0: what is left of the loss when the twin's is taken off is what the rate does
-# (`range_test??`). Both are copies, and the random numbers are put back: nothing is changed.
+# From step to step the loss also jumps with the pictures of the batch, and falls for what *else*
+# learns. So a *twin* takes the same steps on the same pictures, augmented alike, and only the rate
+# under test is 0: the loss less that of the twin is what the rate does (`range_test??`). Both are
+# copies, and the state of the random numbers is put back, so training is the same, to the last bit,
+# with the test or without.
 
 # %%
 import copy
@@ -46,8 +48,9 @@ def loss_at(trainer: Trainer, epoch: int, part: str, step: int, rate: float) -> 
 
 # %% [markdown]
 # The settings of the trial put the head alone into epoch 1 and all that ever thaws into epoch 2,
-# keep the rates from falling, and clip no gradient, for the norm of a twin that computes fewer of
-# them is another.
+# and keep the rates from falling. No gradient is clipped, because the twin computes fewer of them,
+# whose norm is another. (A head that is the linear probe and nothing else moves at the backbone's
+# rate, and `LR_HEAD` is not tested.)
 
 
 # %%

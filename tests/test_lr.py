@@ -17,6 +17,7 @@ from small_run import (
     small_config,
 )
 
+from complete_notebook import STAGES
 from emotion_toolbox.errors import DataError, DeviceMemoryError, DivergedError
 from emotion_toolbox.measures import (
     FEW_STEPS,
@@ -36,6 +37,7 @@ from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import fit, train_step
 from emotion_transfer.finder import find_rates
 from emotion_transfer.model import build_model
+from notebook_builder import build, is_toolbox
 
 
 @pytest.fixture(autouse=True)
@@ -123,10 +125,23 @@ def test_the_suggestion_is_the_steepest_place_of_a_smooth_curve(middle):
     """A logistic fall over the logarithm of the rate, then a rise that must not matter."""
     rates = np.geomspace(1e-6, 1, 601)
     fall = -1 / (1 + (middle / rates) ** 3)
-    table = pd.DataFrame({"rate": rates, "still": 2.0, "change": fall + (rates > 0.5) * 50})
+    change = fall + (rates > 0.5) * 50
+    table = pd.DataFrame({"rate": rates, "loss": 2 + change, "still": 2.0, "change": change})
     steepest = rates[np.gradient(fall, np.log(rates)).argmin()]
     assert steepest == pytest.approx(middle, rel=0.03)
     assert suggest_rate(table) == pytest.approx(steepest, rel=0.03)
+
+
+def test_no_suggestion_hangs_on_a_single_step():
+    """Losses that only scatter, some about one deep dot, hardly ever lead to a suggestion."""
+    found = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        scatter = rng.normal(0, np.geomspace(1e-4, 0.1, 40))  # grows with the rate, as it does
+        scatter[30] -= 0.1 * (seed % 2)
+        table = range_test(lambda n, _, s=scatter: 1 + s[n], lambda *_: 1.0, 1e-6, 0.1, 40)
+        found.append(suggest_rate(table) is not None)
+    assert np.mean(found) < 0.1
 
 
 def test_a_first_loss_that_is_not_finite_is_an_error():
@@ -320,6 +335,19 @@ def test_weights_that_are_nan_are_named(tmp_path, part):
 def test_fewer_images_than_a_batch(tmp_path):
     with pytest.raises(DataError, match="24 training images do not fill one batch; set BATCH_SIZE"):
         find(small_config(tmp_path, BATCH_SIZE=32))
+
+
+# --- in the notebook -----------------------------------------------------------------------------
+
+
+def test_the_notebook_tests_the_rates_before_it_trains_and_keeps_the_picture():
+    cells = [c for c in build(STAGES).cells if c.cell_type == "code" and not is_toolbox(c)]
+    tested, trained = (
+        next(i for i, cell in enumerate(cells) if f"= {call}(cfg, model" in cell.source)
+        for call in ("find_rates", "fit")
+    )
+    assert tested + 1 == trained and 'name="range_tests"' in cells[tested].source
+    assert not any("emotion_transfer.commands" in cell.source for cell in cells)
 
 
 # --- the command ---------------------------------------------------------------------------------
