@@ -34,13 +34,13 @@ from benchmarks.results import describe_machine, describe_versions
 from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.device import choose_device, precision, seed_everything
 from emotion_toolbox.files import resolve_path
+from emotion_toolbox.probes import predict
 from emotion_toolbox.sample import load_data
 from emotion_toolbox.tables import Split
 from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.commands.train import open_data
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config
 from emotion_transfer.engine import Augment, Trainer, fit
-from emotion_transfer.evaluation import predict
 from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
 from emotion_transfer.model import EmotionClassifier, build_model
 

@@ -25,7 +25,7 @@ from emotion_toolbox.cache import Positions
 from emotion_toolbox.device import set_deterministic
 from emotion_toolbox.keeper import Keeper, Progress
 from emotion_transfer.config import cache_size
-from emotion_transfer.engine import Trainer, train_epoch
+from emotion_transfer.engine import Trainer, begin_epoch, train_step
 from emotion_transfer.model import build_model
 
 SOURCE = "500x375"
@@ -91,7 +91,9 @@ class OurEpochs:
         start = time.perf_counter()
         slices = self._slices(progress.epoch)
         with closing(source(slices)) as batches:
-            train_epoch(self.trainer, batches, len(slices), progress, self.keeper)
+            begin_epoch(self.trainer, progress.epoch)
+            for step, batch in self.keeper.watch(self.trainer, batches, len(slices), progress):
+                train_step(self.trainer, batch, progress.epoch, step, len(slices))
         synchronise(self.trainer.device)
         return progress.step * self.trainer.cfg.BATCH_SIZE / (time.perf_counter() - start)
 

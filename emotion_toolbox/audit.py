@@ -40,8 +40,7 @@ def audit_data(datasets: Mapping[str, EmotionDataset], bits: int) -> tuple[pd.Da
             f"- {flat.sum()} images have hardly any contrast, such as {example['file']} "
             f"({example['split']} row {example['row']})"
         )
-    val = datasets.get("val")
-    if val is not None and len(val) < FEW_PER_CLASS * len(val.classes):
+    if "val" in datasets and len(val := datasets["val"]) < FEW_PER_CLASS * len(val.classes):
         lines.append(
             f"- val has {len(val)} images of {len(val.classes)} classes: by so few, the choice of "
             "the best epoch is mostly chance"
@@ -66,17 +65,14 @@ def look_at(name: str, dataset: EmotionDataset) -> pd.DataFrame:
 def close_pairs(
     hashes: npt.NDArray[np.uint64], bits: int, chunk: int = 256
 ) -> npt.NDArray[np.int64]:
-    """Pairs (i, j, distance), i < j, of hashes that differ in at most `bits` bits, int64 [P, 3].
-
-    The search ends where it has found more than ``MOST_PAIRS``.
-    """
+    """Pairs (i, j, distance), i < j, of hashes that differ in at most `bits` bits, int64 [P, 3]."""
     found, count = [np.zeros((0, 3), np.int64)], 0
     for start in range(0, len(hashes), chunk):
         distance = np.bitwise_count(hashes[start : start + chunk, None] ^ hashes[None, start:])
         i, j = np.nonzero(np.triu(distance <= bits, k=1))
         found.append(np.stack([i + start, j + start, distance[i, j]], axis=1).astype(np.int64))
         count += len(i)
-        if count > MOST_PAIRS:
+        if count > MOST_PAIRS:  # enough
             break
     return np.concatenate(found)
 

@@ -210,10 +210,7 @@ def lite_file(name: str) -> Path:
 
 
 def hub_file(name: str) -> Path:
-    """The ImageNet weights of a network of timm, downloaded once.
-
-    Raises ``WeightsUnavailable`` where they are neither kept nor can be had.
-    """
+    """timm's ImageNet weights, downloaded once; ``WeightsUnavailable`` where they cannot be had."""
     about = timm.get_pretrained_cfg(name.removeprefix("timm:"))
     place, kept = (about and about.hf_hub_id) or "", about and about.hf_hub_filename
     try:
@@ -230,11 +227,9 @@ def hub_file(name: str) -> Path:
 def weights_file(name: str, weights: str) -> Path:
     """The file with `weights` for `name`: a local one, the package's, or torchvision's.
 
-    torchvision's is downloaded once, and its checksum compared. No file is loaded here.
-
-    Raises:
-        WeightsError: for an unknown name or a damaged package.
-        WeightsUnavailable: where the file is neither in torch hub's cache nor can be downloaded.
+    torchvision's is downloaded once, and its checksum compared. No file is loaded here. Raises
+    ``WeightsError`` for an unknown name or a damaged package, ``WeightsUnavailable`` where the file
+    is neither in torch hub's cache nor can be downloaded.
     """
     if (own := resolve_path(weights)).is_file():
         return own

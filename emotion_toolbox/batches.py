@@ -10,14 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from emotion_toolbox.cache import (
-    ChosenPixels,
-    DecodedData,
-    PixelSource,
-    Positions,
-    decode_data,
-    refuse_bad_images,
-    refuse_leaks,
-    work_ahead,
+    ChosenPixels, DecodedData, PixelSource, Positions, decode_data, refuse_bad_images,
+    refuse_leaks, work_ahead,
 )  # fmt: skip
 from emotion_toolbox.draws import balanced_order, epoch_order
 from emotion_toolbox.errors import DataError
@@ -34,16 +28,13 @@ class Batch(NamedTuple):
 
 
 class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
-    """One split as a PyTorch dataset of (image, label), which also hands out whole batches.
-
-    `digest` stands for the content of its image files.
-    """
+    """One split as a PyTorch dataset of (image, label), which also hands out whole batches."""
 
     def __init__(
         self, split: Split, classes: Sequence[str], pixels: PixelSource, digest: str = ""
     ) -> None:
         self.split, self.classes, self.pixels = split, tuple(classes), pixels
-        self.digest = digest
+        self.digest = digest  # of the content of its image files
 
     def __len__(self) -> int:
         return len(self.split)
@@ -73,10 +64,7 @@ def open_datasets(
     threads: int | None = None, max_bad_fraction: float = 0.0, allow_duplicates: bool = False,
     most: int | None = None,
 ) -> tuple[DecodedData, dict[str, EmotionDataset]]:  # fmt: skip
-    """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets.
-
-    See ``decode_data``, ``refuse_bad_images``, ``refuse_leaks`` and ``make_datasets``.
-    """
+    """Decode every image once to `side` pixels, refuse too many bad ones, and make the datasets."""
     folder = resolve_path(cache_dir) if cache_dir else None
     decoded = decode_data(listed, side, fit, cache_dir=folder, threads=count_threads(threads))
     refuse_bad_images(decoded, max_bad_fraction)
@@ -85,10 +73,7 @@ def open_datasets(
 
 
 def make_datasets(decoded: DecodedData, most: int | None = None) -> dict[str, EmotionDataset]:
-    """The train, val and test datasets over the usable images of `decoded`.
-
-    With `most`, so many of each at the most, taken evenly from all over the split.
-    """
+    """Datasets of the usable images of `decoded`, at most `most` each, from all over the split."""
     datasets = {}
     for name, split in decoded.data.splits.items():
         pixels, count = decoded.pixels[name], len(split)

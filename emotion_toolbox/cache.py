@@ -94,10 +94,8 @@ def decode_data(
     """Decode every image of `data` to `side` x `side` pixels and keep it under `cache_dir`.
 
     With None for that, check the images only, and decode them again when they are needed. See
-    ``decode_image`` for `fit`.
-
-    Raises:
-        DataError: where the disk has too little room, or cannot be written.
+    ``decode_image`` for `fit`. Raises ``DataError`` where the disk has too little room, or cannot
+    be written.
     """
     splits, pixels, digests, good, bad = {}, {}, {}, [], []
     folder = cache_folder(data, side, cache_dir, fit) if cache_dir else None
@@ -120,13 +118,9 @@ def decode_data(
         ) from error
     files = pd.concat(good)
     repeated = files[files.groupby("hash")["split"].transform("nunique") > 1]
-    return DecodedData(
-        dataclasses.replace(data, splits=splits),
-        pixels,
-        digests,
-        pd.concat(bad, ignore_index=True),
-        repeated.sort_values(["hash", "split", "row"], ignore_index=True),
-    )
+    repeated = repeated.sort_values(["hash", "split", "row"], ignore_index=True)
+    left, left_out = dataclasses.replace(data, splits=splits), pd.concat(bad, ignore_index=True)
+    return DecodedData(left, pixels, digests, left_out, repeated)
 
 
 def refuse_bad_images(decoded: DecodedData, max_bad_fraction: float) -> None:

@@ -62,8 +62,7 @@ def read_image_bytes(path: Path) -> bytes:
 def bare_png(data: bytes) -> bytes:
     """A PNG with only what decoding uses: profiles and texts, however large, decide nothing.
 
-    Raises:
-        ImageError: for a file that is cut off, or damage in what is used; it names the chunk.
+    Raises ``ImageError`` for a file that is cut off, or damage in what is used, naming the chunk.
     """
     view, kept, start, name = memoryview(data), [memoryview(PNG_MARK)], len(PNG_MARK), b""
     while name != b"IEND":
@@ -88,11 +87,7 @@ def refuse_empty_tail(data: bytes) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode; transparency is laid over white.
-
-    Raises:
-        ImageError: for pixels that have no agreed range (floating-point, 32-bit integers).
-    """
+    """8-bit RGB of any mode, transparency over white; ``ImageError`` for floats, 32-bit numbers."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
@@ -116,11 +111,8 @@ def decode_image(data: bytes, size: int, fit: str = "crop") -> npt.NDArray[np.ui
     """Decode `data` to an upright, antialiased square, uint8 [size, size, 3].
 
     Of an image that is not square, "crop" keeps the centre square, "pad" all, between bars of
-    ``PAD_COLOUR``, and "squash" all, with both sides resized to `size`.
-
-    Raises:
-        ImageError: if the bytes are no usable image.
-        ValueError: for another `fit`.
+    ``PAD_COLOUR``, and "squash" all, with both sides resized to `size`. Raises ``ImageError`` if
+    the bytes are no usable image, ``ValueError`` for another `fit`.
     """
     if fit not in FITS:
         raise ValueError(f"fit={fit!r} must be one of {FITS}")
@@ -177,10 +169,8 @@ def fit_image(image: Image.Image, extent: tuple[float, float], size: int, fit: s
 
 
 def turn_upright(picture: Image.Image, source: Image.Image) -> Image.Image:
-    """`picture` as the EXIF orientation of `source` wants it seen; unreadable EXIF turns nothing.
-
-    Of the EXIF data only that is looked at: the rest may be broken.
-    """
+    """`picture` as the EXIF orientation of `source` wants it seen; broken EXIF turns nothing."""
+    # of the EXIF data only that is looked at: the rest may be broken
     picture.info.clear()
     try:
         orientation = source.getexif().get(ExifTags.Base.Orientation, 1)

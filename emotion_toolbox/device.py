@@ -188,10 +188,8 @@ def make_scaler(device: torch.device, amp: str) -> GradScaler:
 
 @torch.no_grad()
 def void_unless(finite: Tensor, gradients: list[Tensor]) -> None:
-    """Put a NaN into the gradients unless `finite`, for the scaler to skip the step.
-
-    It looks at each number by itself, and would miss a norm that overflows.
-    """
+    """Put a NaN into the gradients unless `finite`, for the scaler to skip the step."""
+    # it looks at each number by itself, and would miss a norm that overflows
     gradients[0].mul_(torch.where(finite, 1.0, torch.nan))
 
 

@@ -52,10 +52,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
 def balanced_order(
     seed: int, epoch: int, labels: npt.NDArray[np.int64], n: int
 ) -> npt.NDArray[np.int64]:
-    """`n` indices into `labels`, each drawn with a probability inverse to its class's frequency.
-
-    Classes without an image are passed over.
-    """
+    """`n` random indices into `labels`, so that all classes with an image come equally often."""
     by_class: npt.NDArray[np.int64] = np.argsort(labels, kind="stable").astype(np.int64)
     _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
     uniforms = draw_uniforms(seed, epoch, 0, n, 2, stream=DrawStream.ORDER)

@@ -206,9 +206,8 @@ def load_export(
 ) -> ExportedModel:
     """Load what ``export_model`` wrote; `make_model` gives the network for settings and classes.
 
-    Raises:
-        ExportError: if a file is missing, damaged, or does not fit the others.
-        ConfigError: for a device that this machine does not have.
+    Raises ``ExportError`` if a file is missing, damaged, or does not fit the others, and
+    ``ConfigError`` for a device that this machine does not have.
     """
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -233,15 +232,11 @@ def load_export(
         model.load_state_dict(tensors)
         refuse_nonfinite(model, "model.safetensors")
     except Exception as error:  # a damaged or hostile file may raise anything
-        reason = " ".join(str(error).strip().splitlines()[:3])
-        raise ExportError(
-            f"{folder} is no usable export ({type(error).__name__}: {reason})"
-        ) from error
+        kind, reason = type(error).__name__, " ".join(str(error).strip().splitlines()[:3])
+        raise ExportError(f"{folder} is no usable export ({kind}: {reason})") from error
     model.to(choose_device(device)).eval().requires_grad_(False)
-    synthetic = about.get("synthetic") is True
-    return ExportedModel(
-        model, BACKBONES[name], classes, size, resize, fit, tta, temperature, synthetic
-    )
+    spec, synthetic = BACKBONES[name], about.get("synthetic") is True
+    return ExportedModel(model, spec, classes, size, resize, fit, tta, temperature, synthetic)
 
 
 def checked_classes(classes: Any) -> tuple[str, ...]:

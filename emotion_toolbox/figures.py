@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from scipy.ndimage import zoom
 
 from emotion_toolbox.files import write_atomically
-from emotion_toolbox.measures import Estimate
+from emotion_toolbox.measures import Estimate, RangeTest
 from emotion_toolbox.tables import MIKELS_CLASSES
 
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
@@ -237,6 +237,24 @@ def plot_schedule(
     if frozen := int(table["backbone"].isna().cumprod().sum()):  # places before it has a rate
         ax.axvspan(0, edges[frozen], color=BLUE, alpha=0.1, lw=0, label="backbone frozen")
     fig.legend(handles=_finish_panel(ax, "Learning rates", epochs, thaws), **BELOW)
+    return fig
+
+
+def plot_range_tests(tests: Mapping[str, RangeTest]) -> Figure:
+    """A panel a range test, by the name of its setting: how the loss changes with the rate."""
+    fig, axes = new_figure(5.6 * len(tests), 3.6, 1, len(tests))
+    for ax, (name, (table, given, suggested)) in zip(axes.flat, tests.items(), strict=True):
+        each = table["loss"] - table["still"]
+        ax.plot(table["rate"], each, ".", color="0.7", label="a step")
+        ax.plot(table["rate"], table["change"], color=BLUE, lw=1.8, label="smoothed")
+        for rate, colour, what in ((given, RED, "as it is set"), (suggested, GREEN, "suggested")):
+            if rate:  # a log scale has no zero
+                ax.axvline(rate, color=colour, ls="--", lw=1.8, label=f"{rate:.2g}, {what}")
+        depth = max(0.01, -1.1 * each.min())  # where the loss explodes it may leave the picture
+        labels = {"xlabel": f"{name} (log scale)", "ylabel": "loss, less that at rate 0"}
+        ax.set(xscale="log", ylim=(-depth, depth), **labels)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, loc="upper left")
     return fig
 
 

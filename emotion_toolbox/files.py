@@ -19,8 +19,7 @@ R = TypeVar("R")
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that appears as `path` only when complete and on disk.
 
-    Raises:
-        OSError: if the disk is full, say; a previous `path` is then still as it was.
+    Raises ``OSError`` if the disk is full, say; a previous `path` is then still as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -58,11 +57,7 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """`path` with ``~`` expanded; a relative one starts at ``project_root()``.
-
-    Raises:
-        ConfigError: for the home of a user that there is not.
-    """
+    """`path` from ``project_root()``, ``~`` expanded; ``ConfigError`` for a user's unknown home."""
     try:
         return project_root() / Path(path).expanduser()
     except RuntimeError as error:

@@ -31,12 +31,8 @@ from emotion_toolbox.backbones import refuse_nonfinite
 from emotion_toolbox.batches import Batch, EmotionDataset
 from emotion_toolbox.device import AMP_NAMES, Meter, check_gradients, device_name
 from emotion_toolbox.errors import (
-    CheckpointError,
-    ConfigError,
-    DivergedError,
-    Stopped,
-    WeightsError,
-)
+    CheckpointError, ConfigError, DivergedError, Stopped, WeightsError,
+)  # fmt: skip
 from emotion_toolbox.files import resolve_path, write_atomically, write_text
 from emotion_toolbox.measures import Predictions
 from emotion_toolbox.settings import changed_settings, settings_hash, settings_to_json
@@ -186,10 +182,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_lost_best(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """`saved`, or where its best model is damaged, that of a run without one.
-
-    Raises ``CheckpointError`` if that run is complete.
-    """
+    """`saved`, without its best model if that is damaged; ``CheckpointError`` if it is complete."""
     try:
         if saved["best_file"]:
             load_verified(folder / saved["best_file"])

@@ -1,8 +1,9 @@
-"""What predictions are worth: figures of confusion matrices, calibration, the gap."""
+"""What predictions are worth (confusion, calibration, the gap), and what a range test tells."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +12,20 @@ from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_recall_fscore_support
+from tqdm.auto import tqdm
 
+from emotion_toolbox.errors import DivergedError
 from emotion_toolbox.tables import MIKELS_CLASSES, POSITIVE_EMOTIONS
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+Step = Callable[[int, float], float]  # number and rate of a training step: the loss before it
 ECE_BINS = 15  # as in Guo et al. 2017
 BIN_EDGES = np.linspace(0, 1, ECE_BINS + 1)
 TEMPERATURES = (0.1, 10.0)  # by which logits may be divided
 HEALTHY_GAP = 0.05  # a difference nobody need act on, even if it is real
 LOW_TRAIN_ACCURACY = 0.6  # below this, the model has not even learnt what it was shown
+FEW_STEPS = 10  # of a range test; with fewer, nothing is suggested
 FEW_PER_CLASS = 10  # validation images; with fewer, no epoch can be told from another
 
 
@@ -116,10 +121,7 @@ class Predictions:
         return float(f1_score(truth, answers, labels=every, average="macro", zero_division=0))
 
     def score(self, name: str) -> float:
-        """The figure `name` ("macro_f1", "accuracy" or "loss"), turned so that larger is better.
-
-        -inf where it, or an answer, is not a number.
-        """
+        """macro_f1, accuracy or loss, turned so that larger is better; -inf if anything is NaN."""
         value = -self.loss if name == "loss" else float(getattr(self, name))
         finite = math.isfinite(value) and np.isfinite(self.probabilities).all()
         return value if finite else -math.inf
@@ -149,10 +151,7 @@ def milder_estimates(
 
 
 def log_losses(labels: Labels, probabilities: Floats) -> Floats:
-    """-log of each image's probability of its label [N]; 0 counts as 2.2e-16, as in scikit-learn.
-
-    Their mean is the negative log-likelihood.
-    """
+    """The negative log-likelihood of each label [N]; 0 counts as 2.2e-16, as in scikit-learn."""
     of_label = probabilities[np.arange(len(labels)), labels]
     return np.asarray(-np.log(np.clip(of_label, np.finfo(np.float64).eps, 1)))
 
@@ -336,3 +335,59 @@ def paired_test(
     difference = percentile_interval((only[0] - only[1]) / n, (drawn[:, 0] - drawn[:, 1]) / n)
     p_value = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
     return PairedTest(difference, *only, float(p_value))
+
+
+class RangeTest(NamedTuple):
+    """What ``range_test`` measured, the rate as it is set, and the one that is suggested."""
+
+    table: pd.DataFrame
+    given: float
+    suggested: float | None
+
+
+def range_test(step: Step, still: Step, low: float, high: float, steps: int) -> pd.DataFrame:
+    """A row a step of a learning-rate range test (Smith 2017, arXiv 1506.01186).
+
+    The rate rises exponentially from `low` to `high`; `still` is the same training on the same
+    images at rate 0. Columns: rate, loss, still, and change, their difference smoothed
+    exponentially with bias correction. Ends before a loss that is not finite, and where the
+    smoothed one is twice that of `still`; ``DivergedError`` if the first loss is not finite.
+    """
+    rows: list[tuple[float, float, float]] = []
+    for number in tqdm(range(steps), "range test", leave=False):
+        rate = low * (high / low) ** (number / (steps - 1))
+        row = rate, step(number, rate), still(number, 0.0)
+        if not np.isfinite(row).all():
+            break
+        rows.append(row)
+        table = pd.DataFrame(rows, columns=["rate", "loss", "still"])
+        smooth = table.ewm(alpha=0.2).mean()
+        if smooth["loss"].iloc[-1] > 2 * smooth["still"].iloc[-1]:
+            break
+    if not rows:
+        raise DivergedError("the first loss is not finite: look for NaN in WEIGHTS or INIT_FROM")
+    return table.assign(change=smooth["loss"] - smooth["still"])
+
+
+def suggest_rate(table: pd.DataFrame) -> float | None:
+    """The rate of a ``range_test`` that brings half of what the best one brings.
+
+    There a smooth curve falls most steeply; a slope is read off noise less surely. None after too
+    few steps, or where the loss never falls by 1 % and by more than a step there scatters.
+    """
+    if len(table) < FEW_STEPS:
+        return None
+    change = table["change"].to_numpy()
+    best = int(change.argmin())
+    scatter = (table["loss"] - table["still"] - change)[max(0, best - 5) : best + 6].std()
+    if -change[best] <= max(0.01 * table["still"].mean(), scatter):
+        return None
+    return float(table["rate"].iloc[(change <= change[best] / 2).argmax()])
+
+
+def describe_rate(name: str, test: RangeTest) -> str:
+    """What the range test of a setting found, in one line."""
+    found = "no suggestion, for the loss falls too little in so few steps; stay below its rise"
+    if test.suggested is not None:
+        found = f"{test.suggested:.2g} suggested"
+    return f"{name}: {test.given:.2g} is set, {found}"

@@ -1,5 +1,6 @@
-"""Looking into a network: its features, a linear probe on them, and Grad-CAM."""
+"""Asking a network: its answers, its features, a linear probe on them, and Grad-CAM."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
@@ -17,14 +19,42 @@ from tqdm.auto import tqdm
 
 from emotion_toolbox.backbones import BackboneSpec, make_backbone, pooled_features
 from emotion_toolbox.batches import EmotionDataset, batch_slices, fetch_ahead
-from emotion_toolbox.device import choose_device, eval_mode
+from emotion_toolbox.device import choose_device, eval_mode, precision
 from emotion_toolbox.keeper import keep_result
+from emotion_toolbox.measures import Predictions
 from emotion_toolbox.pixels import prepare_images
 
 SCORING = {"macro_f1": "f1_macro", "accuracy": "accuracy", "loss": "neg_log_loss"}
 STRENGTHS, FOLDS, USUAL_STRENGTH = (1e-4, 1e-3, 1e-2, 1e-1), 5, 1e-3  # C of the regression
 ENOUGH = 5000  # images to choose C by
 Floats = npt.NDArray[np.float32]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: EmotionDataset, *, size: int, batch_size: int, amp: str = "off",
+    positions: npt.NDArray[np.int64] | None = None, progress: str = "", tta: bool = False,
+) -> Predictions:  # fmt: skip
+    """What `model` says of the centre crops of `dataset` (or its `positions`), each once, in order.
+
+    With `tta` (test-time augmentation), the mean over an image and its mirror image. `progress`
+    labels a bar.
+    """
+    device, labels, scores = next(model.parameters()).device, [], []
+    spec: BackboneSpec = model.spec  # type: ignore[assignment]
+    slices = batch_slices(np.arange(len(dataset)) if positions is None else positions, batch_size)
+    batches = fetch_ahead(dataset, slices, device)
+    bar = tqdm(batches, progress, len(slices), unit="batch", leave=False, disable=not progress)
+    with eval_mode(model):
+        for batch in bar:
+            images = prepare_images(batch.images, size, spec.mean, spec.std)
+            with precision(device, amp):
+                views = [model(view) for view in (images, images.flip(3))[: 1 + tta]]
+            scores.append(torch.stack(views).float())
+            labels.append(batch.labels)
+    each, truth = torch.cat(scores, dim=1).cpu().double().log_softmax(2), torch.cat(labels).cpu()
+    answers = each.logsumexp(0) - math.log(len(each))  # of the mean probabilities, [N, C]
+    return Predictions(truth.numpy(), answers.exp().numpy(), float(F.nll_loss(answers, truth)))
 
 
 @torch.no_grad()
@@ -113,9 +143,9 @@ def linear_probe(
 def grad_cam(
     model: nn.Module, layer: nn.Module, images: Tensor, classes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Maps [B, h, w] in 0..1 of what speaks for `classes` [B] in images [B, 3, H, W].
+    """Maps [B, h, w], 0 to 1, of what at `layer` speaks for `classes` [B] in images [B, 3, H, W].
 
-    Grad-CAM (Selvaraju et al. 2017) at `layer`, the last that knows where things are.
+    Grad-CAM (Selvaraju et al. 2017).
     """
     device = next(model.parameters()).device
     asked, wanted = images.detach().to(device).requires_grad_(), torch.as_tensor(classes).to(device)

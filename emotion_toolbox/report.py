@@ -98,19 +98,15 @@ def software_versions() -> dict[str, str]:
 
 
 def summarise_run(
-    settings: Mapping[str, Any],
-    data: EmotionData,
-    datasets: Mapping[str, EmotionDataset],
-    result: FitResult,
-    metrics: Mapping[str, Mapping[str, Estimate]],
-    tests: Mapping[str, Any],
-    temperature: float,
-    uncalibrated: Mapping[str, Mapping[str, Estimate]],
-) -> dict[str, Any]:
+    settings: Mapping[str, Any], data: EmotionData, datasets: Mapping[str, EmotionDataset],
+    result: FitResult, metrics: Mapping[str, Mapping[str, Estimate]], tests: Mapping[str, Any],
+    temperature: float, uncalibrated: Mapping[str, Mapping[str, Estimate]],
+) -> dict[str, Any]:  # fmt: skip
     """The run's figures, ready for JSON; `metrics` of "val", "test" and each baseline.
 
     `uncalibrated` are those of the two splits without the `temperature`.
     """
+    before = {s: {m: e[m].to_json() for m in ("ece", "nll")} for s, e in uncalibrated.items()}
     gaps = dict(zip(result.history["epoch"], result.history["gap"], strict=True))
     figures = {name: {m: e.to_json() for m, e in found.items()} for name, found in metrics.items()}
     return {
@@ -126,10 +122,7 @@ def summarise_run(
         "finished": result.finished,
         "metrics": {split: figures[split] for split in ("val", "test")},
         "temperature": temperature,
-        "uncalibrated": {
-            split: {name: found[name].to_json() for name in ("ece", "nll")}
-            for split, found in uncalibrated.items()
-        },
+        "uncalibrated": before,
         "baselines": {name: figures[name] for name in tests},
         "paired_tests": {name: asdict(test) for name, test in tests.items()},
         "train_val_gap": float(gaps[result.best_epoch]),

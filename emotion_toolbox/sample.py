@@ -194,10 +194,8 @@ def draw_sample(
     """Draw the synthetic sample into the folder `root`, unless it is there already, and return it.
 
     `counts` are pictures a class (in training, the mean), and `size` is about the shorter side in
-    pixels. A drawing that is stopped leaves nothing that looks complete.
-
-    Raises:
-        DataError: if `root` holds anything but a sample (it is not touched) or cannot be written.
+    pixels. A drawing that is stopped leaves nothing that looks complete. Raises ``DataError`` if
+    `root` holds anything but a sample (it is not touched) or cannot be written.
     """
     recipe = {"version": SAMPLE_VERSION, "seed": seed, "size": size, "counts": dict(counts)}
     if sample_complete(root, recipe):

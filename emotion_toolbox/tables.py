@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ class Split:
     def select(self, keep: npt.NDArray[Any]) -> "Split":
         """The split with only the positions `keep` (int or bool array)."""
         chosen = np.arange(len(self))[keep]
-        files = [self.files[i] for i in chosen]
-        return dataclasses.replace(
-            self, files=files, labels=self.labels[chosen], rows=self.rows[chosen]
-        )
+        kept = {"labels": self.labels[chosen], "rows": self.rows[chosen]}
+        return dataclasses.replace(self, files=[self.files[i] for i in chosen], **kept)
 
 
 @dataclass(frozen=True)
@@ -100,24 +99,19 @@ class EmotionData:
 
     def counts(self) -> pd.DataFrame:
         """Images by class (index) and split (columns)."""
-        sizes = {
-            name: np.bincount(split.labels, minlength=len(self.classes))
-            for name, split in self.splits.items()
-        }
+        count = partial(np.bincount, minlength=len(self.classes))
+        sizes = {name: count(split.labels) for name, split in self.splits.items()}
         return pd.DataFrame(sizes, index=pd.Index(self.classes, name="class"))
 
 
 def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
     """Read the three splits in `root`, whose paths start at `images_root`.
 
-    Labels that may be one and the same are warned of.
-
-    Raises:
-        DataError: for a missing or malformed file, an unknown label, an empty split, or a path
-            that occurs twice, or a class without a training image.
+    Labels that may be one and the same are warned of. Raises ``DataError`` for a missing or
+    malformed file, an unknown label, an empty split, or a path that occurs twice, or a class
+    without a training image.
     """
-    missing = [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]
-    if missing:
+    if missing := [f"{s}.csv" for s in SPLITS if not (root / f"{s}.csv").is_file()]:
         raise DataError(
             f"{root} lacks {', '.join(missing)}. Write a data set with `python -m emotion_transfer "
             'prepare SOURCE`, which says its DATA_ROOT, or set DATASET="sample"'
@@ -137,11 +131,7 @@ def load_splits(root: Path, images_root: Path | None = None) -> EmotionData:
 
 
 def read_stats(root: Path) -> dict[str, Any]:
-    """What ``stats.json`` in `root` says, as ``write_split_tables`` wrote it; {} if there is none.
-
-    Raises:
-        DataError: if that file is damaged.
-    """
+    """What ``write_split_tables`` wrote into stats.json; {} if none, ``DataError`` if damaged."""
     file = root / "stats.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -150,10 +140,7 @@ def read_stats(root: Path) -> dict[str, Any]:
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """A table as text: columns `path`, `label`, the others that have names, `row` (its line).
-
-    The one reader of the notebook and of ``prepare``. Raises ``DataError`` if it is bad.
-    """
+    """A table as text: path, label, others that have names, row (its line); or ``DataError``."""
     return check_records(file, read_csv_records(file))
 
 
@@ -206,10 +193,8 @@ def check_values(file: Path, column: str, values: Iterable[tuple[int, str]]) -> 
 def read_csv_records(file: Path) -> Records:
     """The records of a CSV, without blank ones.
 
-    Commas, semicolons or tabs separate the values, with spaces after them or not.
-
-    Raises:
-        DataError: if the file is unreadable or empty.
+    Commas, semicolons or tabs separate the values, with spaces after them or not. Raises
+    ``DataError`` if the file is unreadable or empty.
     """
     records, line = [], 1
     try:
@@ -346,8 +331,7 @@ def refuse_repeated_paths(splits: Mapping[str, Split]) -> None:
 def refuse_untaught_classes(train: Split, classes: Sequence[str]) -> None:
     """Raise ``DataError`` if a class has no image in `train`."""
     counts = np.bincount(train.labels, minlength=len(classes))
-    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if absent:
+    if absent := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
         raise DataError(
             f"{train.csv} has no usable image of {', '.join(absent)}, which cannot be learnt then; "
             "add some, or remove the class: its rows, and its entry in label_map.json"
@@ -360,11 +344,9 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def write_split_tables(
-    folder: Path,
-    tables: Mapping[str, pd.DataFrame],
-    classes: Sequence[str],
+    folder: Path, tables: Mapping[str, pd.DataFrame], classes: Sequence[str],
     stats: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write `<split>.csv` for each table (columns path, label, ...), label_map.json and stats.json.
 
     Returns what stats.json says: `stats`, the classes, and the counts by split and class. While

@@ -46,8 +46,7 @@ AUGMENT_COLUMNS = (
 CROP_TRIES, CROP_RATIO = 10, 4 / 3  # aspect ratios from 3:4 to 4:3
 AUGMENT_DRAWS = len(AUGMENT_COLUMNS) + 2 * CROP_TRIES
 BLUR_SIGMA = (0.5, 1.5)  # pixels
-ERASE_AREA = (0.02, 0.2)  # share of the image; the usual 0.33 can hide what an image shows
-ERASE_RATIO = (0.3, 3.3)
+ERASE_AREA, ERASE_RATIO = (0.02, 0.2), (0.3, 3.3)  # 0.33 of an image, as usual, can hide all of it
 
 
 # %% [markdown]

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from emotion_toolbox.keeper import keep_result
+from emotion_toolbox.probes import predict
 from emotion_toolbox.settings import settings_hash
 from emotion_transfer.config import EnhancedConfig
 from emotion_transfer.engine import fit
-from emotion_transfer.evaluation import predict
 from emotion_transfer.model import Answer, Datasets, build_model, find_probe
 
 
@@ -68,10 +68,9 @@ def trained(cfg: EnhancedConfig, datasets: Datasets, folder: Path) -> Answer:
     model = build_model(cfg, len(datasets["train"].classes))
     result = fit(cfg, model, datasets, folder / "checkpoints")
     ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE, amp=result.amp)
-    found = ask(model, datasets["test"], progress="testing")
-    curve = result.history["val_accuracy"].to_numpy()
-    note = f"best epoch {result.best_epoch} of {cfg.EPOCHS}"
-    return {"probabilities": found.probabilities, "note": note, "curve": curve}
+    p = ask(model, datasets["test"], progress="testing").probabilities
+    note, curve = f"best epoch {result.best_epoch} of {cfg.EPOCHS}", result.history["val_accuracy"]
+    return {"probabilities": p, "note": note, "curve": curve.to_numpy()}
 
 
 # %% [markdown]

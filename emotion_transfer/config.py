@@ -14,8 +14,7 @@ from typing import Any
 from emotion_toolbox.settings import check_fit, check_values, make_settings, neutral, setting
 
 DATASETS = ("auto", "files", "sample")  # auto: the files where there are any
-MONITORS = ("macro_f1", "accuracy", "loss")
-HEADS = ("progressive", "linear", "multilevel")
+MONITORS, HEADS = ("macro_f1", "accuracy", "loss"), ("progressive", "linear", "multilevel")
 COMPARED = ("majority", "linear_probe", "from_scratch", "plain_finetune")
 
 

@@ -9,7 +9,7 @@
 # %%
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,15 +27,14 @@ from emotion_toolbox.device import (
 from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.keeper import FitResult, Keeper, Progress, Resumable
 from emotion_toolbox.pixels import jitter_colours
+from emotion_toolbox.probes import predict
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.config import EnhancedConfig, train_size
-from emotion_transfer.evaluation import predict
 from emotion_transfer.losses import SoftTargetLoss, class_weights
 from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets, mixing_active
 from emotion_transfer.model import EmotionClassifier, make_optimizer, set_training_mode, thaw_level
-from emotion_transfer.schedule import rates_at, set_learning_rates
+from emotion_transfer.schedule import learning_rate, rates_at
 
-Figures = dict[str, float]
 Augment = Callable[["Trainer", Batch, int, int], tuple[Tensor, Tensor]]  # as augment_batch
 
 
@@ -43,7 +42,6 @@ class Trainer(Resumable):
     """A model in training, with all that its steps need, on one device."""
 
     model: EmotionClassifier
-    average: EmotionClassifier | None
     network: Callable[..., Tensor]
 
     def __init__(
@@ -125,7 +123,8 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
     """One optimisation step on one batch, at position (`epoch`, `step`) of `steps`."""
     cfg, model, optimizer, scaler = trainer.cfg, trainer.model, trainer.optimizer, trainer.scaler
     torch.manual_seed(step_seed(cfg.SEED, epoch, step))  # for dropout
-    set_learning_rates(cfg, optimizer, epoch, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, group["base_lr"], epoch, step, steps)
     images, targets = trainer.augment(trainer, batch, epoch, step)
     optimizer.zero_grad(set_to_none=True)
     loss, right = trainer.backward(trainer, images, targets)
@@ -147,9 +146,7 @@ def train_step(trainer: Trainer, batch: Batch, epoch: int, step: int, steps: int
 
 
 # %% [markdown]
-# An epoch: freeze and thaw what is due, then step after step. `batches` begins with the first one
-# that is still to do, so a resumed run skips what it has done. `keeper.watch` shows the bar, saves
-# when it is time, and ends the run between two steps where you press *stop*.
+# An epoch begins: freeze and thaw what is due.
 
 
 # %%
@@ -162,15 +159,6 @@ def begin_epoch(trainer: Trainer, epoch: int) -> None:
     if cfg.COMPILE and (thawed or trainer.network is model):
         torch._dynamo.reset()  # a graph traced before a thaw would train only what it knew
         trainer.network, trainer.jitter = torch.compile(model), torch.compile(jitter_colours)
-
-
-def train_epoch(
-    trainer: Trainer, batches: Iterable[Batch], steps: int, progress: Progress, keeper: Keeper
-) -> None:
-    """Train on `batches`, from the step that `progress` has come to until the end of the epoch."""
-    begin_epoch(trainer, progress.epoch)
-    for step, batch in keeper.watch(trainer, batches, steps, progress):
-        train_step(trainer, batch, progress.epoch, step, steps)
 
 
 # %% [markdown]
@@ -186,11 +174,9 @@ def train_epoch(
 # %%
 def validate_epoch(
     trainer: Trainer, val: EmotionDataset, progress: Progress, keeper: Keeper
-) -> Figures:
+) -> dict[str, float]:
     """The epoch's figures; the better of raw and averaged weights is kept if it is the best yet."""
-    networks = {"raw": trainer.model}
-    if trainer.average is not None:
-        networks["ema"] = trainer.average
+    networks = {"raw": trainer.model} | ({"ema": trainer.average} if trainer.average else {})
     found = {name: trainer.predict(net, val, progress=name) for name, net in networks.items()}
     source = max(found, key=lambda name: found[name].score(trainer.cfg.MONITOR))
     network, score = networks[source], found[source].score(trainer.cfg.MONITOR)
@@ -198,9 +184,8 @@ def validate_epoch(
     keeper.save_best(progress, score, found[source], {"model": network.state_dict(), **about})
 
     spread = np.linspace(0, len(trainer.train) - 1, min(len(trainer.train), len(val)))
-    clean = trainer.predict(network, trainer.train, positions=spread.round().astype(int))
-    gap = clean.accuracy - found[source].accuracy
-    figures = {"train_clean_accuracy": clean.accuracy, "gap": gap}
+    seen = trainer.predict(network, trainer.train, positions=spread.round().astype(int))
+    figures = {"train_clean_accuracy": seen.accuracy, "gap": seen.accuracy - found[source].accuracy}
     for name, one in found.items():
         prefix = "val" if name == "raw" else "val_ema"
         figures |= {f"{prefix}_{f}": getattr(one, f) for f in ("loss", "accuracy", "macro_f1")}
@@ -233,8 +218,12 @@ def end_epoch(
 # %% [markdown]
 # #### The whole run
 #
-# `fit` puts it together: begin or go on, then epoch after epoch. The order of the images is a
-# function of the seed and the epoch, like everything random here. `Keeper` (`Keeper??` shows it)
+# An epoch is step after step, beginning with the first that is still to do, so a resumed run skips
+# what it has done. The order of the images is a function of the seed and the epoch, like everything
+# random here. `keeper.watch` shows the bar, saves when it is time, and ends the run between two
+# steps where you press *stop*.
+#
+# `fit` puts it together: begin or go on, then epoch after epoch. `Keeper` (`Keeper??` shows it)
 # writes checkpoints that are whole or absent, so a run that was killed goes on in the middle of its
 # epoch, to the very same bits. What you get back is the best model, not the last one.
 
@@ -247,8 +236,10 @@ def run_epoch(trainer: Trainer, val: EmotionDataset, progress: Progress, keeper:
     order = training_order(train.split.labels, cfg.BATCH_SIZE, balanced=balanced, **which)
     steps = len(order) // cfg.BATCH_SIZE
     slices = batch_slices(order, cfg.BATCH_SIZE, progress.step)
+    begin_epoch(trainer, progress.epoch)
     with contextlib.closing(fetch_ahead(train, slices, trainer.device)) as batches:
-        train_epoch(trainer, batches, steps, progress, keeper)
+        for step, batch in keeper.watch(trainer, batches, steps, progress):
+            train_step(trainer, batch, progress.epoch, step, steps)
     end_epoch(trainer, val, steps, progress, keeper)
     keeper.end_epoch(trainer, progress, cfg.EPOCHS)
 

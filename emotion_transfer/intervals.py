@@ -31,11 +31,8 @@ def evaluate_predictions(
     y, p = np.asarray(labels), check_probabilities(probabilities)
     rng, n = np.random.default_rng(seed), len(y)
     confusion = confusion_matrix(y, p.argmax(1), labels=range(len(classes)))
-    shares, drawn = confusion.ravel() / n, []
-    for _ in range(resamples):
-        counts = rng.multinomial(n, shares).reshape(confusion.shape)
-        drawn.append(confusion_metrics(counts))
-    table, values = pd.DataFrame(drawn), confusion_metrics(confusion)
+    drawn = rng.multinomial(n, confusion.ravel() / n, resamples).reshape(-1, *confusion.shape)
+    table, values = pd.DataFrame(map(confusion_metrics, drawn)), confusion_metrics(confusion)
     result = {name: percentile_interval(values[name], table[name]) for name in values}
     result |= milder_estimates(y, p, classes, resamples, rng)  # top-2, polarity
     return result | calibration_estimates(y, p, resamples, rng)

@@ -46,11 +46,7 @@ MIX_COLUMNS = ("mixed", "kind", "lam", "box_x", "box_y", "partner")
 
 
 def draw_mixing(cfg: EnhancedConfig, epoch: int, first: int, count: int) -> Mixing:
-    """How the images at positions `first` to `first + count` of `epoch` are mixed.
-
-    Whether, how and how strongly depends on the position alone; the partner is one of these
-    `count` images (or, now and then, the image itself).
-    """
+    """How `count` images from position `first` of `epoch` on are mixed, each with one of them."""
     draws = draw_uniforms(cfg.SEED, epoch, first, count, len(MIX_COLUMNS), DrawStream.MIX)
     u = dict(zip(MIX_COLUMNS, draws.T, strict=True))
     mixed = u["mixed"] < (cfg.MIX_PROB if mixing_active(cfg, epoch) else 0.0)
@@ -86,6 +82,5 @@ def mix_images(images: Tensor, mixing: Mixing) -> Tensor:
 
 def mix_targets(targets: Tensor, mixing: Mixing) -> Tensor:
     """Mix one-hot or soft `targets`, float [B, C], as the images are; rows keep their sum."""
-    partner = send_to(mixing.partner, targets.device)
-    lam = send_to(mixing.lam, targets.device).to(targets.dtype)[:, None]
-    return torch.lerp(targets.index_select(0, partner), targets, lam)
+    partner, lam = (send_to(part, targets.device) for part in (mixing.partner, mixing.lam))
+    return torch.lerp(targets[partner], targets, lam.to(targets.dtype)[:, None])

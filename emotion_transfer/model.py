@@ -83,11 +83,8 @@ class EmotionClassifier(nn.Module):
         super().__init__()
         self.name, self.spec, self.backbone, self.head = name, spec, backbone, head
 
-    def features(self, images: Tensor) -> Tensor:
-        return pooled_features(self.backbone, self.spec, images)
-
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.features(images))
+        scores: Tensor = self.head(pooled_features(self.backbone, self.spec, images))
         return scores
 
     def stage_modules(self) -> dict[str, list[nn.Module]]:
@@ -148,8 +145,7 @@ def thaw_level(cfg: EnhancedConfig, epoch: int) -> int:
 
 def trainable_stages(model: EmotionClassifier, level: int) -> frozenset[str]:
     """Names of the stages that train at a thaw level."""
-    stages = ({"head"}, {"head", *model.spec.last_stages}, model.stage_modules())
-    return frozenset(stages[level])
+    return frozenset(({"head"}, {"head", *model.spec.last_stages}, model.stage_modules())[level])
 
 
 # %% [markdown]

@@ -12,8 +12,6 @@
 # %%
 import math
 
-import torch
-
 from emotion_transfer.config import EnhancedConfig, thaw_epochs
 
 
@@ -34,19 +32,11 @@ def learning_rate(cfg: EnhancedConfig, base: float, epoch: int, step: int, steps
 
 
 # %% [markdown]
-# Every step sets the rates of all parameter groups anew; and for the picture, they can be known
-# beforehand.
+# Every step sets the rates of all parameter groups anew ([Engine](#Engine)); for the picture, they
+# can be known beforehand.
 
 
 # %%
-def set_learning_rates(
-    cfg: EnhancedConfig, optimizer: torch.optim.Optimizer, epoch: int, step: int, steps: int
-) -> None:
-    """Give every parameter group its rate for this step."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, group["base_lr"], epoch, step, steps)
-
-
 def rates_at(cfg: EnhancedConfig, epoch: int, step: int, steps: int) -> tuple[float, float]:
     """The rates of head and backbone; NaN for a backbone that is frozen as a whole."""
     backbone = cfg.LR_BACKBONE if epoch >= thaw_epochs(cfg)[0] else math.nan

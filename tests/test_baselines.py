@@ -15,6 +15,7 @@ from small_run import install_small_network, memory_datasets, small_config
 from emotion_toolbox import probes
 from emotion_toolbox.backbones import BACKBONES, PACKAGED, make_backbone
 from emotion_toolbox.pixels import prepare_images
+from emotion_toolbox.probes import predict
 from emotion_transfer import baselines as module
 from emotion_transfer.baselines import (
     majority,
@@ -23,7 +24,6 @@ from emotion_transfer.baselines import (
     scratch_config,
 )
 from emotion_transfer.config import EnhancedConfig
-from emotion_transfer.evaluation import predict
 from emotion_transfer.model import build_model, find_probe, make_optimizer
 from emotion_transfer.schedule import cycle_bounds
 

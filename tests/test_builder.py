@@ -1199,7 +1199,7 @@ def test_check_prints_the_budgets(tree: Tree, capsys: pytest.CaptureFixture[str]
         "longest visible code cell": f"{max(count)} of 45",
         "the cell of EnhancedConfig": "5 of 75",
         "toolbox cells": "2 of 20",
-        "toolbox lines": f"{folded} of 4150",
+        "toolbox lines": f"{folded} of 4190",
         "cells before the first picture of the data": f"{at['model-02']} of 35",
         "cells before training starts": f"{at['model-03']} of 110",
     }

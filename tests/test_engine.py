@@ -36,11 +36,11 @@ from emotion_toolbox.draws import draw_uniforms, step_seed
 from emotion_toolbox.errors import CheckpointError, ConfigError
 from emotion_toolbox.keeper import list_checkpoints, load_verified
 from emotion_toolbox.measures import Predictions
+from emotion_toolbox.probes import predict
 from emotion_transfer import engine
 from emotion_transfer.augment import AUGMENT_DRAWS, apply_augmentation, draw_augmentation
 from emotion_transfer.config import EnhancedConfig, make_config
 from emotion_transfer.engine import Trainer, begin_epoch, fit, train_step
-from emotion_transfer.evaluation import predict
 from emotion_transfer.losses import class_weights
 from emotion_transfer.mixing import draw_mixing, mix_images, mix_targets
 from emotion_transfer.model import build_model

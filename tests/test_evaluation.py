@@ -10,9 +10,8 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from small_run import install_small_network, memory_datasets, small_config
 
 from emotion_toolbox.measures import Predictions
-from emotion_toolbox.probes import grad_cam
+from emotion_toolbox.probes import grad_cam, predict
 from emotion_transfer.config import make_config
-from emotion_transfer.evaluation import predict
 from emotion_transfer.model import build_model, set_training_mode
 
 

@@ -23,10 +23,10 @@ from emotion_toolbox.errors import ConfigError, ExportError, ImageError
 from emotion_toolbox.export import predict_files, top_classes
 from emotion_toolbox.keeper import load_initial_weights
 from emotion_toolbox.measures import calibrate
+from emotion_toolbox.probes import predict
 from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.commands.predict import network_of
 from emotion_transfer.config import cache_size, make_config
-from emotion_transfer.evaluation import predict
 from emotion_transfer.model import build_model
 
 FACTS = {

@@ -42,15 +42,15 @@ from emotion_toolbox.figures import (
     plot_image_grid,
     plot_mistakes,
     plot_per_class,
+    plot_range_tests,
     plot_reliability,
     plot_rows,
     plot_schedule,
     plot_stages,
     save_figure,
 )
-from emotion_toolbox.measures import Estimate, per_class_table, reliability_table
+from emotion_toolbox.measures import Estimate, RangeTest, per_class_table, reliability_table
 from emotion_toolbox.tables import MIKELS_CLASSES
-from emotion_transfer.commands.lr import plot_range_tests
 
 pytestmark = pytest.mark.filterwarnings("error")  # a layout that fails only warns
 
@@ -653,14 +653,15 @@ def range_tests(given: float, suggested: float | None) -> dict[str, Any]:
     rates = np.geomspace(1e-5, 1, 60)
     loss = 2 - np.exp(-(np.log(rates / 1e-2) ** 2) / 8) + (rates > 0.3) * 30
     table = pd.DataFrame({"rate": rates, "loss": loss, "still": 2.0, "change": loss - 2})
-    return {"LR_HEAD": (table, given, suggested), "LR_BACKBONE": (table.iloc[:1], given, None)}
+    short = RangeTest(table.iloc[:1], given, None)
+    return {"LR_HEAD": RangeTest(table, given, suggested), "LR_BACKBONE": short}
 
 
 def test_range_tests_show_the_change_of_the_loss_and_both_rates() -> None:
     tests = range_tests(3e-3, 1e-3)
     fig = plot_range_tests(tests)
-    (head, _), (table, *_) = axes_of(fig), tests["LR_HEAD"]
-    assert head.get_xscale() == "log" and head.get_xlabel() == "LR_HEAD"
+    (head, _), table = axes_of(fig), tests["LR_HEAD"].table
+    assert head.get_xscale() == "log" and head.get_xlabel().startswith("LR_HEAD")
     drawn = lines(head)
     for label, values in (("a step", table["loss"] - 2), ("smoothed", table["change"])):
         np.testing.assert_array_equal(drawn[label].get_xdata(), table["rate"])

@@ -26,6 +26,7 @@ from emotion_toolbox.measures import (
     fit_temperature,
     paired_test,
 )
+from emotion_toolbox.probes import predict
 from emotion_toolbox.report import (
     PUBLISHED_EMOSET,
     closing_text,
@@ -43,7 +44,6 @@ from emotion_toolbox.report import (
 from emotion_toolbox.tables import MIKELS_CLASSES
 from emotion_transfer.baselines import run_baseline
 from emotion_transfer.engine import fit
-from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import build_model
 

@@ -7,12 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from emotion_transfer.config import make_config
-from emotion_transfer.schedule import (
-    cycle_bounds,
-    learning_rate,
-    rates_at,
-    set_learning_rates,
-)
+from emotion_transfer.schedule import cycle_bounds, learning_rate, rates_at
 
 SETTINGS = [
     ({"EPOCHS": 12, "THAW_EPOCHS": (3, 7)}, [(0, 3), (3, 7), (7, 12)]),
@@ -108,16 +103,6 @@ def test_it_is_a_pure_function_of_the_position():
     forwards = {(e, s): learning_rate(cfg, 1.0, e, s, steps) for e in range(9) for s in range(7)}
     for (epoch, step), rate in reversed(forwards.items()):
         assert learning_rate(cfg, 1.0, epoch, step, steps) == rate
-
-
-def test_every_group_gets_its_own_height():
-    cfg = make_config({"EPOCHS": 8, "THAW_EPOCHS": (2, 4)})
-    groups = [{"params": [torch.zeros(1)], "lr": 9.0, "base_lr": b} for b in (1e-2, 1e-4)]
-    optimizer = torch.optim.AdamW(groups)
-    for epoch, step in ((5, 3), (0, 0), (7, 4)):
-        set_learning_rates(cfg, optimizer, epoch, step, 5)
-        found = [group["lr"] for group in optimizer.param_groups]
-        assert found == [learning_rate(cfg, b, epoch, step, 5) for b in (1e-2, 1e-4)]
 
 
 @pytest.mark.parametrize(("settings", "frozen"), [({}, 3), ({"THAW_EPOCHS": (0, 4)}, 0)])

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emotion_toolbox.attributes import Attribute, choose_columns, read_attributes
+from emotion_toolbox.backbones import pooled_features
 from emotion_toolbox.batches import Batch, EmotionDataset, batch_slices
 from emotion_toolbox.device import choose_amp, choose_device, eval_mode, precision
 from emotion_toolbox.errors import ConfigError, DataError
@@ -204,7 +205,7 @@ class AttributeClassifier(EmotionClassifier):
         self.attributes.bias = nn.Parameter(bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
+        features = pooled_features(self.backbone, self.spec, images)
         scores: Tensor = self.head(features)
         return torch.cat([scores, self.attributes(features)], 1) if self.training else scores
 
@@ -280,7 +281,8 @@ def judge_heads(
         for rows in batch_slices(np.arange(len(data)), batch_size):
             images = data.batch(rows).images.to(device)
             inputs = prepare_images(images, size, model.spec.mean, model.spec.std)
-            outputs.append(model.attributes(model.features(inputs)).float().cpu())
+            features = pooled_features(model.backbone, model.spec, inputs)
+            outputs.append(model.attributes(features).float().cpu())
     parts, found = torch.split(torch.cat(outputs), [len(one.bias) for one in targets], 1), {}
     for one, part in zip(targets, parts, strict=True):
         statistics = one.statistics(attributes[one.name]).float()

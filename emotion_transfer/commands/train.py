@@ -16,6 +16,7 @@ from emotion_toolbox.errors import ConfigError
 from emotion_toolbox.export import export_model
 from emotion_toolbox.keeper import FitResult, OnEpoch, load_initial_weights
 from emotion_toolbox.measures import Predictions, calibrate, fit_temperature, paired_test
+from emotion_toolbox.probes import predict
 from emotion_toolbox.report import (
     closing_text,
     comparison_table,
@@ -51,7 +52,6 @@ from emotion_transfer.commands.distributed import (
 from emotion_transfer.commands.settings import parse_setting
 from emotion_transfer.config import EnhancedConfig, cache_size, make_config, profile_for
 from emotion_transfer.engine import Augment
-from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import EmotionClassifier, build_model, find_probe
 

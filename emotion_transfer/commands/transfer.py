@@ -42,14 +42,13 @@ from emotion_toolbox.mapping import (
 )
 from emotion_toolbox.measures import Estimate, apply_temperature, paired_test
 from emotion_toolbox.paired import resample_mean
-from emotion_toolbox.probes import extract_features
+from emotion_toolbox.probes import extract_features, predict
 from emotion_toolbox.report import figure_note, make_run_folder, software_versions, write_summary
 from emotion_toolbox.subsets import choose_images
 from emotion_toolbox.tables import EmotionData, load_splits
 from emotion_transfer.commands.predict import find_export, network_of
 from emotion_transfer.commands.train import add_settings, settings_of
 from emotion_transfer.config import EnhancedConfig, make_config
-from emotion_transfer.evaluation import predict
 from emotion_transfer.intervals import evaluate_predictions
 from emotion_transfer.model import EmotionClassifier
 

@@ -18,10 +18,9 @@ get_ipython().run_line_magic("pip", f"install --quiet {quoted}")
 
 # %%
 import torch
-import torchvision
 
-print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
-print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: on the CPU")
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: on the CPU"
+print(f"torch {torch.__version__}, {gpu}")
 
 # %% [markdown] tags=["toolbox"]
 # ## Toolbox

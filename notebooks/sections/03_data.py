@@ -90,7 +90,7 @@ keep_figure(plot_image_grid(train.pictures(shown), names, frames=frames), name="
 # `NEAR_DUPLICATE_BITS = None` leaves the search out).
 
 # %%
-from IPython.display import display
+from IPython.display import Markdown, display
 
 from emotion_toolbox.audit import audit_data, look_alikes
 

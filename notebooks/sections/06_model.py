@@ -38,12 +38,12 @@ keep_figure(plot_stages(table, train.pictures([0])[0]), name="model")
 # %% [markdown]
 # What does it say *before* anything is learnt? With a head of random numbers, nothing that helps.
 # Its answers to eight test pictures are kept here, and stand beside those of the trained network at
-# the end of [Training](#Training).
+# the end of [Training](#Training). (A picture that is judged is cut to its centre and not
+# augmented, and every one counts exactly once: `predict??`.)
 
 # %%
-from emotion_transfer.evaluation import predict
+from emotion_toolbox.probes import predict
 
-# %%
 test_set = datasets["test"]
 eight = np.linspace(0, len(test_set) - 1, 8).round().astype(int)
 ask = partial(predict, size=cfg.IMG_SIZE, batch_size=cfg.BATCH_SIZE)

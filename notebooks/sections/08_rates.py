@@ -11,8 +11,7 @@
 from emotion_transfer.schedule import rates_at
 
 # %% [markdown]
-# (`python -m emotion_transfer lr`, in a checkout of the project, tries rates on your training
-# pictures: a *range test*, [Smith 2017](https://arxiv.org/abs/1506.01186).)
+# (Are these the right ones? [Engine](#Engine) ends with a test of both.)
 #
 # The plan, before training starts: marked are the epochs at which the next stages thaw, and those
 # in which no pictures are mixed any more, so that training ends on pictures like those of the test.

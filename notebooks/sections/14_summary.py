@@ -14,7 +14,7 @@ Markdown(closing_text(summary, run_dir))
 #   `LR_BACKBONE`, or fewer epochs.
 # - **No better than the linear probe?** With thousands of pictures the fine-tune has gone wrong:
 #   look at the curves around the thaws, and try `LR_BACKBONE` three times higher and three times
-#   lower (`python -m emotion_transfer lr` tries a range). With a few hundred it may be all there is
+#   lower ([Engine](#Engine) tests a range). With a few hundred it may be all there is
 #   to have: the probe is hard to beat then, and more pictures help more than any setting.
 # - **No better than the plain fine-tune?** Then the simpler recipe is as good here. `python -m
 #   emotion_transfer ablate` leaves out one technique after the other, over several seeds, and says
