@@ -127,16 +127,16 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 # misspelt name is answered with the nearest right ones. The sample has a quick profile. Small sets
 # have one too: where a few hundred pictures are all there is, training begins as the linear probe,
 # a head of a single layer on several stages; all of the network moves from the first epoch on,
-# slowly; and it sees pictures a little smaller than it is judged on, for what is cropped at random
-# looks larger
+# slowly; nothing is mixed or smoothed; and it sees pictures a little smaller than it is judged on,
+# for what is cropped at random looks larger
 # ([Touvron et al. 2019](https://arxiv.org/abs/1906.06423)).
 
 # %%
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
 SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
-SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "multilevel", "LR_BACKBONE": 2e-4,
-                 "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 0), "MIX_PROB": 0.0}  # fmt: skip
+SMALL_PROFILE = dict(EPOCHS=12, START="probe", HEAD="multilevel", LR_BACKBONE=2e-4, MIX_PROB=0.0,
+                     LABEL_SMOOTHING=0.0, WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0))  # fmt: skip
 
 
 def profile_for(images: int, size: int, *, synthetic: bool) -> dict[str, Any]:

@@ -53,29 +53,33 @@ keep_figure(plot_comparison(compared, published), name="comparison")
 
 # %% [markdown]
 # **What is each technique worth by itself?** No single run can say. *Measured before, not in this
-# run*, by `python -m emotion_transfer ablate --seeds 2`, on the 121 validation pictures of a small
-# set of photographs (511 to learn from; three classes, unpleasant to pleasant; EfficientNet-Lite0,
-# 128 pixels, 8 epochs): points of accuracy with a technique, less those without it.
+# run*, by `python -m emotion_transfer ablate --seeds 2`, on the validation pictures of two small
+# sets of photographs: 1,000 of ten garments to learn from, 341 to judge; and 511 that please or
+# displease, in three classes, 121 to judge (EfficientNet-Lite0, 96 pixels, 6 epochs, the profile for
+# small sets). Points of accuracy with a technique, less those without it; bold where chance alone
+# does not explain it.
 #
-# | ingredient | in the recipe | oasis valence3 |
-# | --- | --- | --- |
-# | *accuracy of the whole recipe* |  | 0.587 [0.504, 0.669] |
-# | start from the probe | yes | +2.9 [-5.0, +10.7] |
-# | progressive head | no | +0.0 [-6.6, +7.4] |
-# | mixing | no | -5.0 [-11.6, +1.7] |
-# | label smoothing | yes | -1.7 [-9.1, +5.0] |
-# | class weights | yes | +0.0 [-5.8, +5.8] |
-# | weight averaging | yes | +1.2 [-2.1, +6.6] |
-# | staged thawing | no | -1.2 [-7.4, +5.0] |
-# | frozen BatchNorm | yes | +4.1 [-3.3, +11.6] |
-# | colour | yes | -0.4 [-5.8, +5.0] |
-# | erasing | yes | +1.2 [-5.0, +7.4] |
-# | test-time augmentation | yes | +0.4 [-3.3, +4.1] |
+# | ingredient | in the recipe | clothing10 | oasis valence3 |
+# | --- | --- | --- | --- |
+# | *accuracy of the whole recipe* |  | 0.840 [0.798, 0.880] | 0.558 [0.467, 0.645] |
+# | start from the probe | yes | +3.2 [-0.1, +6.7] | +0.4 [-9.1, +9.9] |
+# | progressive head | no | -0.3 [-2.6, +2.1] | -2.1 [-7.4, +3.3] |
+# | multi-level features | yes | -0.7 [-3.2, +1.5] | +2.5 [-2.5, +9.1] |
+# | mixing | no | +0.7 [-1.2, +2.9] | +1.7 [-3.3, +6.6] |
+# | label smoothing | yes | -1.6 [-4.1, +0.9] | -1.7 [-4.1, +0.8] |
+# | class weights | yes | +0.0 [+0.0, +0.0] | -3.3 [-7.4, +0.8] |
+# | weight averaging | yes | +0.0 [+0.0, +0.0] | +0.8 [-2.1, +4.1] |
+# | staged thawing | no | -1.3 [-5.0, +2.1] | +2.1 [-2.5, +6.6] |
+# | frozen BatchNorm | yes | **+4.7 [+1.5, +7.9]** | +2.1 [-4.1, +8.7] |
+# | colour | yes | +0.0 [-2.1, +2.1] | -2.1 [-5.8, +1.7] |
+# | erasing | yes | +1.0 [-1.2, +3.2] | -3.3 [-8.3, +1.7] |
+# | test-time augmentation | yes | +0.1 [-1.8, +2.1] | +0.0 [-2.5, +2.5] |
 #
-# Every interval holds zero: with so few pictures none of this is proven, however plausible it
-# looks, and a longer list of tricks is no evidence either. To *see* 3 points you need thousands of
-# pictures, or many seeds. The widest gains are the start from the probe and the frozen BatchNorm
-# statistics; mixing, which the small-set profile leaves out, would rather cost something here.
+# One interval leaves out zero: BatchNorm statistics that stay ImageNet's are worth 5 points on the
+# garments, where the start from the probe comes next. All the rest cannot be told from nothing with
+# so few pictures, however plausible it looks, and a longer list of tricks is no evidence. To *see* 2
+# points you need thousands of pictures, or many seeds. (Label smoothing cost a little on both sets
+# with more seeds too, 1.0 [-0.9, 3.0] and 1.8 [-0.4, 4.3]: the profile has done without it since.)
 
 # %% [markdown]
 # > **Try it:** switch one technique off, `{"EMA_DECAY": 0}` say, and run with three seeds
