@@ -57,7 +57,7 @@ def summarise_arms(runs: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
         "test_accuracy": each.get("ours"),
         "test_accuracy_of_each": each,
     }
-    others = ("probe", "plain_finetune", "fastai", "timm", "keras_like")
+    others = ("probe", "probe_of_last_stage", "plain_finetune", "fastai", "timm", "keras_like")
     summary |= {f"minus_{arm}": minus(arm) for arm in others}
     ours, plain, fastai = (
         {seed: run for seed, run in runs.get(arm, {}).items() if is_timed(run)}

@@ -127,16 +127,22 @@ def plain(cfg: EnhancedConfig) -> EnhancedConfig:
     return dataclasses.replace(plain_config(cfg), TTA=False)
 
 
-def fit_probe(task: Task, folder: Path) -> Answer:
-    """The linear probe of this project."""
-    cfg, listed = choose_for(task, folder)
-    found = run_baseline("linear_probe", cfg, open_data(cfg, listed)[1], folder / "baselines")
-    return Answer(found["probabilities"].argmax(1), [], recorded(cfg))
+def probe_on(**head: str) -> Arm:
+    """An arm that fits the linear probe, on the features of ours or of another HEAD."""
+
+    def fit(task: Task, folder: Path) -> Answer:
+        chosen, listed = choose_for(task, folder)
+        cfg = dataclasses.replace(chosen, **head)
+        found = run_baseline("linear_probe", cfg, open_data(cfg, listed)[1], folder / "baselines")
+        return Answer(found["probabilities"].argmax(1), [], recorded(cfg))
+
+    return fit
 
 
 ARMS: dict[str, Arm] = {
     "ours": train_with(lambda cfg: cfg),
-    "probe": fit_probe,
+    "probe": probe_on(),
+    "probe_of_last_stage": probe_on(HEAD="linear"),
     "plain_finetune": train_with(plain),
     "fastai": lambda task, folder: finetune_fastai(task),
     "timm": lambda task, folder: finetune_timm(task),

@@ -135,8 +135,9 @@ def thaw_epochs(cfg: EnhancedConfig) -> tuple[int, int]:
 QUICK_PROFILE = {"EPOCHS": 8, "WARMUP_EPOCHS": 2, "MIX_OFF_EPOCHS": 2, "IMG_SIZE": 96,
                  "LR_BACKBONE": 3e-4}  # fmt: skip
 SMALL_SET = 2000  # training images; the defaults are for EmoSet, which has 94,000
-SMALL_PROFILE = dict(EPOCHS=12, START="probe", HEAD="multilevel", LR_BACKBONE=2e-4, MIX_PROB=0.0,
-                     LABEL_SMOOTHING=0.0, WARMUP_EPOCHS=0, THAW_EPOCHS=(0, 0))  # fmt: skip
+SMALL_PROFILE = {"EPOCHS": 12, "START": "probe", "HEAD": "multilevel", "LR_BACKBONE": 2e-4,
+                 "WARMUP_EPOCHS": 0, "THAW_EPOCHS": (0, 0), "MIX_PROB": 0.0,
+                 "LABEL_SMOOTHING": 0.0}  # fmt: skip
 
 
 def profile_for(images: int, size: int, *, synthetic: bool) -> dict[str, Any]:

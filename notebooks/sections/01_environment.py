@@ -19,8 +19,7 @@ get_ipython().run_line_magic("pip", f"install --quiet {quoted}")
 # %%
 import torch
 
-gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU: on the CPU"
-print(f"torch {torch.__version__}, {gpu}")
+print(f"torch {torch.__version__}, CUDA: {torch.cuda.is_available()}")
 
 # %% [markdown] tags=["toolbox"]
 # ## Toolbox

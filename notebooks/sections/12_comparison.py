@@ -55,9 +55,9 @@ keep_figure(plot_comparison(compared, published), name="comparison")
 # **What is each technique worth by itself?** No single run can say. *Measured before, not in this
 # run*, by `python -m emotion_transfer ablate --seeds 2`, on the validation pictures of two small
 # sets of photographs: 1,000 of ten garments to learn from, 341 to judge; and 511 that please or
-# displease, in three classes, 121 to judge (EfficientNet-Lite0, 96 pixels, 6 epochs, the profile for
-# small sets). Points of accuracy with a technique, less those without it; bold where chance alone
-# does not explain it.
+# displease, in three classes, 121 to judge (EfficientNet-Lite0, 96 pixels, 6 epochs, the profile
+# for small sets). Points of accuracy with a technique, less those without it; bold where chance
+# alone does not explain it.
 #
 # | ingredient | in the recipe | clothing10 | oasis valence3 |
 # | --- | --- | --- | --- |
@@ -77,9 +77,10 @@ keep_figure(plot_comparison(compared, published), name="comparison")
 #
 # One interval leaves out zero: BatchNorm statistics that stay ImageNet's are worth 5 points on the
 # garments, where the start from the probe comes next. All the rest cannot be told from nothing with
-# so few pictures, however plausible it looks, and a longer list of tricks is no evidence. To *see* 2
-# points you need thousands of pictures, or many seeds. (Label smoothing cost a little on both sets
-# with more seeds too, 1.0 [-0.9, 3.0] and 1.8 [-0.4, 4.3]: the profile has done without it since.)
+# so few pictures, however plausible it looks, and a longer list of tricks is no evidence. To *see*
+# 2 points you need thousands of pictures, or many seeds. (Label smoothing cost a little on both
+# sets with more seeds too, 1.0 [-0.9, 3.0] and 1.8 [-0.4, 4.3]: the profile has done without it
+# since.)
 
 # %% [markdown]
 # > **Try it:** switch one technique off, `{"EMA_DECAY": 0}` say, and run with three seeds
